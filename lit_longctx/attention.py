@@ -1,0 +1,246 @@
+"""Attention back ends: each sees the same documents and gives the same numbers.
+
+Names are Hugging Face's `attn_implementation`. Layout is batch, seq, heads, head_dim. A query attends to
+the keys of its own document up to its own place; where there are more keys than queries (a cache, a
+memory), the queries are the last ones of each row.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lit_longctx.batch import Documents
+
+AttnImplementation = Literal["sdpa", "flash_attention_2", "varlen", "flex_attention"]
+
+Heads = Float[Tensor, "batch queries heads head_dim"]
+KVHeads = Float[Tensor, "batch keys kv_heads head_dim"]
+Values = Float[Tensor, "batch keys kv_heads value_dim"]
+
+
+class AttentionBackend(ABC):
+    """The same two beats as a position scheme: once per forward pass, once per layer."""
+
+    @abstractmethod
+    def prepare(self, queries: Documents, keys: Documents) -> Any:
+        """Turn document structure into whatever the kernel wants; shared by all layers."""
+
+    @abstractmethod
+    def attend(
+        self, q: Heads, k: KVHeads, v: Values, mask: Any, scale: float
+    ) -> Float[Tensor, "batch queries heads value_dim"]:
+        """Softmax of scale·q·k over each query's visible keys, applied to v."""
+
+
+def attention_backend(name: AttnImplementation) -> AttentionBackend:
+    """Return the back end of that name; ImportError or ValueError names what is missing."""
+    backends = {
+        "sdpa": SDPA,
+        "flash_attention_2": FlashAttention2,
+        "varlen": Varlen,
+        "flex_attention": FlexAttention,
+    }
+    if name not in backends:
+        raise ValueError(f"attn_implementation {name!r} unknown; expected one of {list(backends)}")
+    return backends[name]()
+
+
+def visible(queries: Documents, keys: Documents) -> Bool[Tensor, "batch queries keys"]:
+    """Dense mask: same document, and not later than the query (queries are each row's last places)."""
+    same = queries.ids.unsqueeze(2) == keys.ids.unsqueeze(1)
+    num_queries, num_keys = same.shape[1:]
+    return same & same.new_ones(num_queries, num_keys).tril(num_keys - num_queries)
+
+
+def widen(v: Values, width: int) -> Float[Tensor, "batch keys kv_heads width"]:
+    """Pad v to the width of q: kernels with unequal widths fall back to a seq × seq matrix."""
+    return F.pad(v, (0, width - v.shape[-1])) if v.shape[-1] < width else v
+
+
+class Segments(NamedTuple):
+    """Stretches of the flattened batch that attend within themselves."""
+
+    sizes: list[int]
+    masks: list[Tensor | None]
+    """Dense mask where a stretch holds several short documents, None where it holds one."""
+
+
+class SDPA(AttentionBackend):
+    """torch's scaled_dot_product_attention, called per document: costs Σ len², never (Σ len)².
+
+    Short documents share a call of at most `together` tokens with a dense mask, which is cheaper than a
+    call each.
+    """
+
+    together = 256
+
+    def prepare(self, queries: Documents, keys: Documents) -> Tensor | Segments | None:
+        """Return None (plain causal rows), Segments (packed rows) or a dense mask (cached keys)."""
+        batch, seq = queries.ids.shape
+        if queries.ids.shape != keys.ids.shape:
+            return visible(queries, keys).unsqueeze(1)
+        if len(queries.boundaries) == batch + 1:
+            return None
+        return self._segments(queries, queries.boundaries.tolist())
+
+    def _segments(self, documents: Documents, boundaries: list[int]) -> Segments:
+        sizes: list[int] = []
+        masks: list[Tensor | None] = []
+        flat = documents.boundaries.diff().long()
+        number = torch.arange(len(flat), device=flat.device).repeat_interleave(flat)
+        begin = first = 0
+        for i, end in enumerate(boundaries[1:]):
+            following = boundaries[i + 2] if i + 2 < len(boundaries) else None
+            if following is not None and following - begin <= self.together:
+                continue
+            sizes.append(end - begin)
+            alone = i == first
+            ids = number[begin:end]
+            masks.append(None if alone else (ids[:, None] == ids[None, :]).tril())
+            begin, first = end, i + 1
+        return Segments(sizes, masks)
+
+    def attend(
+        self, q: Heads, k: KVHeads, v: Values, mask: Any, scale: float
+    ) -> Float[Tensor, "batch queries heads value_dim"]:
+        """Attend row by row, or stretch by stretch when rows are packed."""
+        value_dim = v.shape[-1]
+        v = widen(v, q.shape[-1])
+        if not isinstance(mask, Segments):
+            out = _sdpa(q, k, v, mask, scale)
+        else:
+            parts = zip(*(x.flatten(0, 1).split(mask.sizes) for x in (q, k, v)), mask.masks, strict=True)
+            flat = [_sdpa(q[None], k[None], v[None], m, scale)[0] for q, k, v, m in parts]
+            out = torch.cat(flat).view(q.shape)
+        return out[..., :value_dim]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    with _kernel_priority(q):
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
+    return out.transpose(1, 2)
+
+
+def _kernel_priority(q: Tensor) -> Any:
+    """On Hopper put cuDNN before flash: 1.7 to 2.3 times faster in training shapes."""
+    from contextlib import nullcontext
+
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    order += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+class FlashAttention2(AttentionBackend):
+    """The flash-attn package's varlen kernel (Dao 2023, arXiv:2307.08691); CUDA, fp16 or bf16."""
+
+    def __init__(self) -> None:
+        try:
+            from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ImportError(
+                "attn_implementation 'flash_attention_2' needs the flash-attn package: "
+                "pip install 'lit_longctx[flash]' on a CUDA machine, or use 'sdpa'"
+            ) from error
+        self.kernel = flash_attn_varlen_func
+
+    def prepare(self, queries: Documents, keys: Documents) -> tuple[Documents, Documents]:
+        """The kernel takes the boundaries as they are."""
+        return queries, keys
+
+    def attend(
+        self, q: Heads, k: KVHeads, v: Values, mask: Any, scale: float
+    ) -> Float[Tensor, "batch queries heads value_dim"]:
+        """One kernel over all documents of the batch."""
+        queries, keys = mask
+        value_dim = v.shape[-1]
+        v = widen(v, q.shape[-1])
+        out = self.kernel(
+            *(x.flatten(0, 1) for x in (q, k, v)),
+            cu_seqlens_q=queries.boundaries,
+            cu_seqlens_k=keys.boundaries,
+            max_seqlen_q=queries.longest,
+            max_seqlen_k=keys.longest,
+            softmax_scale=scale,
+            causal=True,
+        )
+        return out.view(q.shape)[..., :value_dim]
+
+
+class Varlen(AttentionBackend):
+    """torch.nn.attention.varlen: flash inside torch, no extra package; CUDA, fp16 or bf16."""
+
+    def __init__(self) -> None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        if not torch.cuda.is_available():
+            raise ValueError("attn_implementation 'varlen' runs on CUDA only; use 'sdpa' here")
+        self.kernel = varlen_attn
+
+    def prepare(self, queries: Documents, keys: Documents) -> tuple[Documents, Documents]:
+        """The kernel takes the boundaries as they are."""
+        return queries, keys
+
+    def attend(
+        self, q: Heads, k: KVHeads, v: Values, mask: Any, scale: float
+    ) -> Float[Tensor, "batch queries heads value_dim"]:
+        """One kernel over all documents; KV heads are repeated, since torch 2.11 lacks grouped heads."""
+        queries, keys = mask
+        value_dim = v.shape[-1]
+        repeats = q.shape[2] // k.shape[2]
+        k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, widen(v, q.shape[-1])))
+        out = self.kernel(
+            *(x.flatten(0, 1) for x in (q, k, v)),
+            queries.boundaries,
+            keys.boundaries,
+            queries.longest,
+            keys.longest,
+            scale=scale,
+            window_size=(-1, 0),
+        )
+        return out.view(q.shape)[..., :value_dim]
+
+
+class FlexAttention(AttentionBackend):
+    """torch's flex_attention, compiled on CUDA; on the CPU eager and forward only (a torch limit)."""
+
+    def __init__(self) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        self.create_block_mask = create_block_mask
+        compiled = torch.cuda.is_available()
+        self.kernel = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+    def prepare(self, queries: Documents, keys: Documents) -> Any:
+        """Build the block-sparse mask of same-document, not-later pairs."""
+        batch, num_queries = queries.ids.shape
+        num_keys = keys.ids.shape[1]
+        past = num_keys - num_queries
+
+        def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (queries.ids[b, i] == keys.ids[b, j]) & (i + past >= j)
+
+        device = queries.ids.device
+        return self.create_block_mask(rule, batch, None, num_queries, num_keys, device=device)
+
+    def attend(
+        self, q: Heads, k: KVHeads, v: Values, mask: Any, scale: float
+    ) -> Float[Tensor, "batch queries heads value_dim"]:
+        """Attend under the block mask; grouped heads are native."""
+        value_dim = v.shape[-1]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, widen(v, q.shape[-1])))
+        if not q.is_cuda and torch.is_grad_enabled() and q.requires_grad:
+            raise ValueError("flex_attention has no backward pass on the CPU; train with 'sdpa' here")
+        out = self.kernel(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2)[..., :value_dim]

@@ -1,0 +1,113 @@
+"""`lit_longctx VERB …`: fit, validate and test through LightningCLI; the other verbs are functions."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+VERBS = {
+    "fit": "train: continue pretraining from a checkpoint, or from random weights",
+    "validate": "held-out loss of a checkpoint, by position and source",
+    "test": "the same as validate, under its own name in the log",
+    "prepare": "documents → token chunks, a manifest and a token ledger",
+    "evaluate": "what the longer context is worth: tables and figures for one or several checkpoints",
+    "export": "a run's newest checkpoint → Hugging Face folder",
+    "generate": "continue a prompt",
+    "synthesize": "make long fine-tuning data (not yet)",
+    "plan": "memory, FLOPs and time of a config before it runs (not yet)",
+    "doctor": "versions, devices and which attention kernels run here",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; errors are one line and a nonzero exit code, tracebacks only with --debug."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [a for a in given if a != "--debug"]
+    if not given or given[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    try:
+        run(given[0], given[1:])
+    except KeyboardInterrupt:
+        return complain("interrupted")
+    except Exception as error:
+        if debug:
+            raise
+        return complain(one_line(error))
+    return 0
+
+
+def usage() -> str:
+    """Text of --help; imports nothing, so that it answers at once."""
+    verbs = "\n".join(f"  {verb:10} {text}" for verb, text in VERBS.items())
+    return (
+        "usage: lit_longctx VERB [options]\n\nExtend a Llama-type model to long context.\n\n"
+        f"{verbs}\n\nlit_longctx VERB --help lists a verb's options; --debug shows tracebacks."
+    )
+
+
+def run(verb: str, rest: list[str]) -> None:
+    """Import what the verb needs, and only that, and run it."""
+    if verb not in VERBS:
+        raise ValueError(f"verb {verb!r} unknown; expected one of {', '.join(VERBS)}")
+    if verb in ("fit", "validate", "test"):
+        from lit_longctx.training.fit import fit
+
+        fit([verb, *rest])
+        return
+    call(_function(verb), verb, rest)
+
+
+def _function(verb: str) -> Callable[..., Any]:
+    if verb == "prepare":
+        from lit_longctx.data.prepare import prepare as function
+    elif verb == "evaluate":
+        from lit_longctx.evaluation.evaluate import evaluate as function
+    elif verb == "export":
+        from lit_longctx.checkpoint import export as function
+    elif verb == "generate":
+        from lit_longctx.generate import generate_text as function
+    elif verb == "doctor":
+        from lit_longctx.doctor import doctor as function
+    else:
+        raise ValueError(f"{verb} is not there yet; see docs/log.md")
+    return function
+
+
+def call(function: Callable[..., Any], verb: str, rest: list[str]) -> None:
+    """Parse a function's arguments from its signature (flags, or --config FILE) and call it."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=f"lit_longctx {verb}", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with these options")
+    parser.add_function_arguments(function, fail_untyped=False)
+    options = parser.instantiate_classes(parser.parse_args(rest))
+    del options["config"]
+    function(**options)
+
+
+def complain(message: str) -> int:
+    """Print an error and return the exit code."""
+    print(f"lit_longctx: error: {message}", file=sys.stderr)
+    return 1
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line; of jsonargparse's nested ones the part that says what to do."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    telling = ("is not accepted", "Expected a dot import path", "is required", "Problem with given")
+    for words in telling:
+        found = [line for line in lines if words in line]
+        if found and len(lines) > 1:
+            return f"{lines[0]} {found[-1]}".replace("Expected a dot import path string:", "no class named")
+    text = " ".join(lines) or type(error).__name__
+    return text if len(text) < 500 else text[:497] + "…"
+
+
+def entry() -> None:
+    """Console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,110 @@
+"""Which window is the n-th sample of a run: a pure function of seed, sources and n.
+
+Nothing here has a state, so a resume is exact on any number of processes, workers and micro-batches, and
+costs no time however far the run has come.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+from math import floor
+
+import numpy as np
+
+PERIOD = 10_000
+"""Weights are kept to 1/PERIOD, after which the schedule of sources repeats."""
+
+
+def whole_shares(weights: Sequence[float]) -> list[int]:
+    """Smallest whole numbers in the proportion of the weights, their sum at most PERIOD."""
+    total = sum(Fraction(str(weight)) for weight in weights)
+    exact = [Fraction(str(weight)) / total * PERIOD for weight in weights]
+    shares = [max(1, floor(share)) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])
+    for i in by_remainder[: max(0, PERIOD - sum(shares))]:
+        shares[i] += 1
+    common = int(np.gcd.reduce(shares))
+    return [share // common for share in shares]
+
+
+def quota_schedule(shares: Sequence[int]) -> list[int]:
+    """Order sources so that after every n samples each has its share of n to within one.
+
+    Tijdeman 1980, The chairman assignment problem: of the sources that are due, take the one whose
+    deadline comes first. Exact whole-number arithmetic, sum(shares) entries.
+    """
+    period, number = sum(shares), len(shares)
+    if number == 1:
+        return [0]
+    counts = [0] * number
+    schedule = []
+    slack = 2 * number - 2
+    for n in range(1, period + 1):
+        due = [n * share - count * period for share, count in zip(shares, counts, strict=True)]
+        ready = [i for i in range(number) if due[i] * slack >= period]
+        chosen = min(ready, key=lambda i: Fraction(period * (slack - 1) - due[i] * slack, shares[i]))
+        counts[chosen] += 1
+        schedule.append(chosen)
+    return schedule
+
+
+class Order:
+    """Global sample number → (source, window).
+
+    Args:
+        windows: Windows that each source holds.
+        weights: Share of samples that each source gets, in any unit; default: its share of the windows.
+        seed: Decides every shuffle.
+        group: Windows of each source that are shuffled together; a group is read through before the next
+            begins, so that streaming stays sequential. Default: all of them.
+
+    A source that ends begins its next epoch in another order.
+    """
+
+    def __init__(
+        self,
+        windows: Sequence[int],
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
+        group: Sequence[int] | None = None,
+    ) -> None:
+        if min(windows) < 1:
+            raise ValueError(f"every source needs a window at least; got {list(windows)}")
+        self.windows = list(windows)
+        self.seed = seed
+        self.group = [min(g, w) for g, w in zip(group or windows, windows, strict=True)]
+        self.shares = whole_shares(weights or windows)
+        self.schedule = np.array(quota_schedule(self.shares))
+        self.rank = np.zeros(len(self.schedule), dtype=np.int64)
+        for source in range(len(windows)):
+            turns = self.schedule == source
+            self.rank[turns] = np.arange(turns.sum())
+
+    def __call__(self, sample: int) -> tuple[int, int]:
+        """Return source and window of a sample."""
+        period, turn = divmod(sample, len(self.schedule))
+        source = int(self.schedule[turn])
+        drawn = period * self.shares[source] + int(self.rank[turn])
+        epoch, place = divmod(drawn, self.windows[source])
+        return source, self._shuffled(source, epoch, place)
+
+    def _shuffled(self, source: int, epoch: int, place: int) -> int:
+        """Window at a place of an epoch: groups in random order, windows random within their group."""
+        size = self.group[source]
+        groups, rest = divmod(self.windows[source], size)
+        order = _permutation(self.seed, source, epoch, -1, groups + bool(rest))
+        if rest:  # the short group may come anywhere; all later places shift
+            short = int(np.flatnonzero(order == groups)[0]) * size
+            if short <= place < short + rest:
+                inside = _permutation(self.seed, source, epoch, groups, rest)
+                return groups * size + int(inside[place - short])
+            if place >= short + rest:
+                place += size - rest
+        turn, offset = divmod(place, size)
+        group = int(order[turn])
+        return group * size + int(_permutation(self.seed, source, epoch, group, size)[offset])
+
+
+@lru_cache(maxsize=256)
+def _permutation(seed: int, source: int, epoch: int, group: int, length: int) -> np.ndarray:
+    return np.random.default_rng([seed, source, epoch, group + 1]).permutation(length)

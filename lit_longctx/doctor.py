@@ -1,0 +1,33 @@
+"""`lit_longctx doctor`: what is installed, and which attention kernels run here."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from lit_longctx.attention import attention_backend
+
+PACKAGES = (
+    "lit_longctx torch torchvision lightning litdata torchmetrics jsonargparse tokenizers safetensors "
+    "transformers flash-attn"
+)
+
+
+def doctor() -> None:
+    """Print versions, devices and the state of each attention back end."""
+    print(f"python {platform.python_version()} on {platform.machine()}")
+    for package in PACKAGES.split():
+        try:
+            print(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package} not installed")
+    print(f"cpu threads {torch.get_num_threads()}")
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        print(f"cuda:{i} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    for name in ("sdpa", "flash_attention_2", "varlen", "flex_attention"):
+        try:
+            attention_backend(name)
+            print(f"attn_implementation {name}: ready")
+        except (ImportError, ValueError) as error:
+            print(f"attn_implementation {name}: {error}")

@@ -1,0 +1,153 @@
+"""`lit_longctx evaluate`: the same held-out tokens for every checkpoint, side by side."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from lit_longctx import plots
+from lit_longctx.attention import AttnImplementation
+from lit_longctx.batch import pack
+from lit_longctx.checkpoint import load_pretrained, trained_context
+from lit_longctx.data.windows import Windows
+from lit_longctx.evaluation.metrics import LossByPosition
+from lit_longctx.model import Llama
+
+
+def evaluate(
+    checkpoint: list[str],
+    data: list[str],
+    output: str,
+    tasks: list[Literal["loss"]] = ["loss"],  # noqa: B006 - never changed
+    window: int = 4096,
+    windows: int = 32,
+    attn_implementation: AttnImplementation = "sdpa",
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Measure held-out loss by position; with several checkpoints, the first is the one to compare with.
+
+    Args:
+        checkpoint: Run folders or Hugging Face folders.
+        data: Prepared folders; their held-out split is read.
+        output: Folder for results.json, the table and the figure.
+        tasks: What to measure.
+        window: Tokens per row, a multiple of 256.
+        windows: Rows per source, spread evenly over the held-out split.
+        attn_implementation: Attention back end.
+        device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
+
+    Returns:
+        What results.json holds.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if tasks != ["loss"]:
+        raise ValueError(f"tasks {tasks} unknown; expected ['loss']")
+    opened = {Path(folder).name: Windows(folder, "held_out", window) for folder in data}
+    if empty := [name for name, source in opened.items() if not len(source)]:
+        raise ValueError(f"held-out split of {empty[0]} is shorter than a window of {window} tokens")
+    trained = trained_context(checkpoint[0])
+    losses: dict[str, LossByPosition] = {}
+    for folder in checkpoint:
+        llama = load_pretrained(folder, attn_implementation=attn_implementation).to(device).eval()
+        losses[folder] = held_out_loss(llama, opened, window, windows, progress=counter(folder))
+    result = {
+        "window": window,
+        "trained_context": trained,
+        "edges": next(iter(losses.values())).edges,
+        "loss": {name: metric.by_bucket() for name, metric in losses.items()},
+        "overall": {name: metric.scalars()["val/loss"] for name, metric in losses.items()},
+        "targets": next(iter(losses.values())).compute()[1].sum(0).tolist(),
+    }
+    if len(checkpoint) > 1:
+        result["gain"] = gains(list(losses.values()), trained)
+    write(result, Path(output))
+    print(table(result))
+    print(f"wrote {output}/results.json, loss_by_position.md and loss_by_position.png")
+    return result
+
+
+@torch.inference_mode()
+def held_out_loss(
+    llama: Llama,
+    sources: dict[str, Windows],
+    window: int,
+    windows: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> LossByPosition:
+    """Return the loss of a model on evenly spread held-out windows, one row at a time."""
+    metric = LossByPosition(list(sources), window)
+    device = llama.head_weight.device
+    chosen = [
+        (number, source, int(place))
+        for number, source in enumerate(sources.values())
+        for place in np.linspace(0, len(source) - 1, min(windows, len(source))).round()
+    ]
+    for done, (number, source, place) in enumerate(chosen, 1):
+        tokens = torch.from_numpy(source[place])[None].to(device)
+        batch = pack(tokens, source.manifest["tokenizer"]["bos"], sources=torch.tensor([number]))
+        metric.to(device).update(llama(batch), batch._replace(sources=batch.sources.to(device)))
+        if progress:
+            progress(done, len(chosen))
+    return metric
+
+
+def counter(name: str) -> Callable[[int, int], None]:
+    """Return a progress report that rewrites its line on a terminal and is silent elsewhere."""
+
+    def report(done: int, of: int) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if done == of else ""
+            print(f"\revaluate {name}: {done}/{of}", end=end, file=sys.stderr, flush=True)
+
+    return report
+
+
+def gains(losses: list[LossByPosition], trained: int) -> dict[str, float]:
+    """Mean nats saved by the last checkpoint against the first, inside and beyond `trained` tokens."""
+    found = {}
+    edges = losses[0].edges
+    inside = torch.tensor([high <= trained for high in edges[1:]])
+    for name, part in (("inside", inside), ("beyond", ~inside)):
+        means = []
+        for metric in (losses[0], losses[-1]):
+            nats, targets = metric.compute()
+            means.append(nats.sum(0)[part].sum() / targets.sum(0)[part].sum())
+        found[name] = float(means[0] - means[1])
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """Loss by position as a Markdown table."""
+    names = list(result["loss"])
+    lines = [
+        "| tokens before | targets | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    edges = result["edges"]
+    for i, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        cells = " | ".join(f"{result['loss'][name][i]:.4f}" for name in names)
+        lines.append(f"| {low:,}–{high:,} | {result['targets'][i]:,.0f} | {cells} |")
+    cells = " | ".join(f"{result['overall'][name]:.4f}" for name in names)
+    lines.append(f"| all | {sum(result['targets']):,.0f} | {cells} |")
+    if "gain" in result:
+        gain, trained = result["gain"], result["trained_context"]
+        lines += [
+            "",
+            f"gain inside {trained:,} tokens {gain['inside']:+.4f} nats, "
+            f"beyond {gain['beyond']:+.4f} nats",
+        ]
+    return "\n".join(lines)
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    """Write results.json, the table and the figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "loss_by_position.md").write_text(table(result) + "\n")
+    figure = plots.loss_by_position(result["edges"], result["loss"], result["trained_context"])
+    figure.savefig(folder / "loss_by_position.png", dpi=150)

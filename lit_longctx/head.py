@@ -1,0 +1,106 @@
+"""The LM head in chunks: nats per token, never all logits at once.
+
+131,072 tokens × 128,256 words would be 67 GB of float32 logits; here a chunk of rows exists at a time.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lit_longctx.batch import NO_TARGET
+
+LOGITS_AT_ONCE = 2**24
+"""Logits that exist at the same time (64 MiB in float32)."""
+
+
+def rows_at_once(vocab: int) -> int:
+    """Rows per chunk; at least 256, below which the matrix products lose speed."""
+    return max(256, LOGITS_AT_ONCE // vocab)
+
+
+def token_nats(
+    hidden: Float[Tensor, "tokens width"],
+    weight: Float[Tensor, "vocab width"],
+    labels: Int[Tensor, " tokens"],
+) -> Float[Tensor, " tokens"]:
+    """−ln p(label) of each token, 0 where there is no target; recomputes the logits in backward.
+
+    Can be weighted in any way afterwards. Costs one more product with the vocabulary than `weighted_loss`.
+    """
+    rows = (labels != NO_TARGET).nonzero().flatten()
+    chunks = rows.split(rows_at_once(len(weight)))
+    found = [
+        checkpoint(_nats, hidden[chunk], weight, labels[chunk], use_reentrant=False)
+        for chunk in chunks
+        if len(chunk)
+    ]
+    nats = hidden.new_zeros(len(labels), dtype=torch.float32)
+    if not found:  # keeps every parameter in the graph, so that all ranks run the same collectives
+        return nats + (hidden.sum() + weight.sum()) * 0
+    return nats.index_put((rows,), torch.cat(found))
+
+
+def _nats(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy((hidden @ weight.T).float(), labels, reduction="none")
+
+
+def weighted_loss(
+    hidden: Float[Tensor, "tokens width"],
+    weight: Float[Tensor, "vocab width"],
+    labels: Int[Tensor, " tokens"],
+    loss_weights: Float[Tensor, " tokens"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, " tokens"]]:
+    """Return (Σ w·nats with gradient, nats detached); gradients are taken during the forward pass.
+
+    The weights are given, so nothing has to be recomputed: three products with the vocabulary in all.
+    """
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    loss, nats = _WeightedLoss.apply(hidden, weight, labels, loss_weights, needs_grad)  # pyright: ignore
+    return loss, nats
+
+
+class _WeightedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_weights: Tensor,
+        needs_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        nats = hidden.new_zeros(len(labels), dtype=torch.float32)
+        grad_hidden = torch.zeros_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        rows = (labels != NO_TARGET).nonzero().flatten()
+        for chunk in rows.split(rows_at_once(len(weight))):
+            if not len(chunk):
+                continue
+            h, label = hidden[chunk], labels[chunk].unsqueeze(1)
+            logits = (h @ weight.T).float()
+            normaliser = logits.logsumexp(dim=1, keepdim=True)
+            nats[chunk] = (normaliser - logits.gather(1, label)).squeeze(1)
+            if grad_hidden is None or grad_weight is None:
+                continue
+            # d(w·nats)/d logits = w·(softmax − onehot), built in place of the logits
+            w = loss_weights[chunk].unsqueeze(1).float()
+            grad = logits.sub_(normaliser).exp_().mul_(w).scatter_add_(1, label, -w).to(h.dtype)
+            grad_hidden[chunk] = grad @ weight
+            if grad.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, h)
+            else:
+                grad_weight += grad.T @ h
+        if needs_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(nats)
+        return (nats * loss_weights).sum(), nats
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(ctx.weight_dtype), None, None, None

@@ -1,0 +1,120 @@
+"""Folders that are whole or not there: hashed, renamed into place, verified before use.
+
+No format underneath (litdata chunks, distributed checkpoints, safetensors) carries a checksum: of 200
+random bit flips, 194 to 200 load silently. Here every file's SHA-256 stands in `manifest.json`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+NAME = "manifest.json"
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's or a folder's content is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files below a folder but its manifest, in a fixed order."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / NAME)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step: readers see the old text or the new."""
+    beside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    beside.write_text(text)
+    flush(beside)
+    beside.replace(path)
+    flush(path.parent)
+
+
+def beside(target: Path) -> Path:
+    """Name of a temporary folder next to `target`, on the same file system."""
+    return target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+
+
+def seal(folder: Path, hashes: dict[str, str], **content: Any) -> None:
+    """Write the manifest last: only a folder that has one is finished."""
+    sizes = {name: (folder / name).stat().st_size for name in hashes}
+    files = {name: {"bytes": sizes[name], "sha256": hashes[name]} for name in sorted(hashes)}
+    write_text(folder / NAME, json.dumps({**content, "files": files}, indent=1) + "\n")
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Flush and hash every file below a folder: relative name → SHA-256."""
+    hashes = {}
+    for path in files_of(folder):
+        flush(path)
+        hashes[path.relative_to(folder).as_posix()] = digest(path)
+    return hashes
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Rename a finished folder into place; refuses to replace anything."""
+    if target.exists():
+        raise ValueError(f"{target} exists already; choose another folder or remove it")
+    temporary.rename(target)
+    flush(target.parent)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target` if the block succeeds, and vanishes if not."""
+    if target.exists():
+        raise ValueError(f"{target} exists already; choose another folder or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = beside(target)
+    temporary.mkdir()
+    try:
+        yield temporary
+        publish(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return a folder's manifest; ValueError if there is none or it is torn."""
+    try:
+        return json.loads((folder / NAME).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not finished: it has no {NAME}") from None
+    except json.JSONDecodeError:
+        raise ValueError(f"{folder / NAME} is torn; make the folder anew") from None
+
+
+def check_file(folder: Path, name: str, expected: dict[str, Any]) -> None:
+    """Compare one file with its manifest entry; ValueError names the file and what is wrong."""
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; its folder is torn")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise ValueError(f"{path} is torn: expected {expected['bytes']} bytes, got {size}")
+    if digest(path) != expected["sha256"]:
+        raise ValueError(f"{path} is altered: its SHA-256 is not the one in {NAME}")
+
+
+def verify(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
+    """Check the files of a folder (every `parts`-th of them) and return its manifest."""
+    manifest = read(folder)
+    for name, expected in list(manifest["files"].items())[part::parts]:
+        check_file(folder, name, expected)
+    return manifest

@@ -1,0 +1,260 @@
+"""Llama from scratch (Touvron et al. 2023, arXiv:2307.09288), with the position scheme left open.
+
+Modules carry Hugging Face's names, so a safetensors folder loads with no renaming table. Nothing here knows
+of Lightning, data or sharding: those are done to it from outside.
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lit_longctx.attention import AttentionBackend, AttnImplementation, attention_backend
+from lit_longctx.batch import Batch, Documents, one_document
+from lit_longctx.head import token_nats, weighted_loss
+from lit_longctx.position import PositionScheme
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a Llama; fields are those of Hugging Face's config.json."""
+
+    vocab_size: int
+    """Rows of the embedding."""
+    hidden_size: int
+    """Width of the residual stream."""
+    intermediate_size: int
+    """Width inside the MLP."""
+    num_hidden_layers: int
+    """Number of blocks."""
+    num_attention_heads: int
+    """Query heads per block."""
+    num_key_value_heads: int | None = None
+    """Key and value heads per block (GQA); default: as many as query heads."""
+    head_dim: int | None = None
+    """Features per head; default: hidden_size / num_attention_heads."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square before the root."""
+    tie_word_embeddings: bool = False
+    """Whether the LM head is the embedding."""
+    attention_bias: bool = False
+    """Whether q, k, v and o projections have biases."""
+    max_position_embeddings: int = 2048
+    """Tokens per sequence the model was trained on."""
+    bos_token_id: int | None = 1
+    """Token that begins every document."""
+    eos_token_id: int | None = 2
+    """Token that ends every document."""
+
+    def __post_init__(self) -> None:
+        heads = self.num_attention_heads
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", heads)
+        if self.head_dim is None:
+            if self.hidden_size % heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}; "
+                    "give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // heads)
+        if heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads {heads} is no multiple of num_key_value_heads {self.kv_heads}"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """num_key_value_heads, resolved."""
+        assert self.num_key_value_heads is not None
+        return self.num_key_value_heads
+
+    @property
+    def head_width(self) -> int:
+        """head_dim, resolved."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+
+class Cache:
+    """Keys and values of what was read so far, for decoding; every row is one document."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers = [LayerCache() for _ in range(num_layers)]
+
+    @property
+    def length(self) -> int:
+        """Tokens read so far."""
+        keys = self.layers[0].keys
+        return 0 if keys is None else keys.shape[1]
+
+
+class LayerCache:
+    """Keys and values of one block."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add new places and return all of them."""
+        self.keys = k if self.keys is None else torch.cat([self.keys, k], dim=1)
+        self.values = v if self.values is None else torch.cat([self.values, v], dim=1)
+        return self.keys, self.values
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; the position scheme maps q and k, the back end does the rest."""
+
+    def __init__(self, config: LlamaConfig, position: PositionScheme, backend: AttentionBackend):
+        super().__init__()
+        width, dim, bias = config.hidden_size, config.head_width, config.attention_bias
+        self.head_dim = dim
+        self.backend = backend
+        self.q_proj = nn.Linear(width, config.num_attention_heads * dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.kv_heads * dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.kv_heads * dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * dim, width, bias=bias)
+        self.position = position.layer(config.num_attention_heads, dim)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq width"],
+        code: Float[Tensor, "batch seq code"],
+        mask: object,
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "batch seq width"]:
+        """Attend within documents; `code` and `mask` come from the scheme and the back end."""
+        q, k, v = (
+            rearrange(projection(x), "batch seq (heads dim) -> batch seq heads dim", dim=self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self.position(q, k, code)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        # the scale is the content head's, also where the scheme widens q and k
+        out = self.backend.attend(q, k, v, mask, self.head_dim**-0.5)
+        return self.o_proj(rearrange(out, "batch seq heads dim -> batch seq (heads dim)"))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seq width"]:
+        """Map each token by itself."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig, position: PositionScheme, backend: AttentionBackend):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config, position, backend)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq width"],
+        code: Float[Tensor, "batch seq code"],
+        mask: object,
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "batch seq width"]:
+        """One layer."""
+        x = x + self.self_attn(self.input_layernorm(x), code, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm, under the names of Hugging Face's `model.` prefix."""
+
+    def __init__(self, config: LlamaConfig, position: PositionScheme, backend: AttentionBackend):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, position, backend) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """A Batch in, nats per token out."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        position: PositionScheme,
+        attn_implementation: AttnImplementation = "sdpa",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.position = position
+        self.backend = attention_backend(attn_implementation)
+        self.model = Decoder(config, position, self.backend)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab width"]:
+        """Weight of the LM head: its own, or the embedding's where they are tied."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    def hidden(self, batch: Batch, cache: Cache | None = None) -> Float[Tensor, "batch seq width"]:
+        """Final hidden states, after the last norm."""
+        keys = batch.documents if cache is None else _cached(batch.documents, cache.length)
+        code = self.position.encode(batch.position_ids, self.config.head_width, keys)
+        mask = self.backend.prepare(batch.documents, keys)
+        x = self.model.embed_tokens(batch.input_ids)
+        for i, block in enumerate(self.model.layers):
+            x = block(x, code, mask, None if cache is None else cache.layers[i])
+        return self.model.norm(x)
+
+    def forward(self, batch: Batch) -> Float[Tensor, "batch seq"]:
+        """Nats of each target, float32, 0 where there is none; differentiable, recomputes the head."""
+        hidden = self.hidden(batch).flatten(0, 1)
+        return token_nats(hidden, self.head_weight, batch.labels.flatten()).view(batch.labels.shape)
+
+    def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, "batch seq"]]:
+        """(Σ loss_weights·nats with gradient, nats detached): the cheaper door, for training."""
+        hidden = self.hidden(batch).flatten(0, 1)
+        labels, weights = batch.labels.flatten(), batch.loss_weights.flatten()
+        loss, nats = weighted_loss(hidden, self.head_weight, labels, weights)
+        return loss, nats.view(batch.labels.shape)
+
+    def logits(self, batch: Batch, cache: Cache | None = None) -> Float[Tensor, "batch seq vocab"]:
+        """All logits, for decoding and comparison; with a cache, `batch` holds the new tokens only."""
+        return self.hidden(batch, cache) @ self.head_weight.T
+
+
+def _cached(new: Documents, past: int) -> Documents:
+    batch, seq = new.ids.shape
+    if len(new.boundaries) != batch + 1:
+        raise ValueError("a cache needs one document per row; got packed rows; drop the cache")
+    return one_document(batch, past + seq, new.ids.device)
+
+
+def initial_weight(name: str, shape: torch.Size, num_layers: int, seed: int) -> Tensor:
+    """Random weights of one parameter: a function of seed and name, the same on every layout.
+
+    Normal with standard deviation 0.02, projections into the residual stream divided by √(2·layers)
+    (Radford et al. 2019, §2.3); norms 1, biases 0.
+    """
+    if "norm" in name:
+        return torch.ones(shape)
+    if "bias" in name:
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+    std = 0.02 / (2 * num_layers) ** 0.5 if into_residual else 0.02
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

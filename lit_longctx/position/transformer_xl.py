@@ -1,0 +1,73 @@
+"""Transformer-XL's relative positions, as Gopher uses them, without a seq × seq bias."""
+
+from dataclasses import dataclass
+
+import torch
+from einops import einsum
+from jaxtyping import Float, Num
+from torch import Tensor, nn
+
+from lit_longctx.batch import Documents
+from lit_longctx.position.rotary import base_frequencies
+from lit_longctx.position.scheme import PositionScheme
+
+
+class RelativeDistance(nn.Module):
+    """Widen q and k so that their plain dot product is the score of Dai et al. 2019 (arXiv:1901.02860, §3.3).
+
+    The score (q_i + u)·k_j + (q_i + v)·W_R r(i−j) splits by the angle-difference identities: with
+    [a | b] = (q_i + v) W_R, the coefficients of r's sines and cosines,
+
+        a sin((i−j)ω) + b cos((i−j)ω) = cos(jω)·(a sin iω + b cos iω) + sin(jω)·(b sin iω − a cos iω)
+
+    (Dai et al. 2020, Funnel-Transformer, arXiv:2006.03236, appendix A.2.2). Any attention kernel that takes
+    head_dim + distance_dim features then serves it, in linear memory.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, distance_dim: int) -> None:
+        super().__init__()
+        self.content_bias = nn.Parameter(torch.zeros(num_heads, head_dim))  # u
+        self.position_bias = nn.Parameter(torch.zeros(num_heads, head_dim))  # v
+        self.distance_weight = nn.Parameter(torch.empty(num_heads, head_dim, distance_dim))  # W_R
+        nn.init.normal_(self.distance_weight, std=0.02)
+
+    def forward(
+        self,
+        q: Float[Tensor, "batch seq heads head_dim"],
+        k: Float[Tensor, "batch seq kv_heads head_dim"],
+        code: Float[Tensor, "batch seq distance_dim"],
+    ) -> tuple[Float[Tensor, "batch seq heads wide"], Float[Tensor, "batch seq kv_heads wide"]]:
+        """Return q' = [q+u | a sin + b cos | b sin − a cos] and k' = [k | cos | sin]."""
+        sin, cos = code.unsqueeze(2).chunk(2, dim=-1)
+        coefficients = einsum(
+            q + self.position_bias, self.distance_weight, "batch seq head dim, head dim place -> batch seq head place"
+        )
+        a, b = coefficients.float().chunk(2, dim=-1)
+        place_q = torch.cat([a * sin + b * cos, b * sin - a * cos], dim=-1)
+        place_k = torch.cat([cos, sin], dim=-1).expand(-1, -1, k.shape[2], -1)
+        return (
+            torch.cat([q + self.content_bias, place_q.to(q.dtype)], dim=-1),
+            torch.cat([k, place_k.to(k.dtype)], dim=-1),
+        )
+
+
+@dataclass(frozen=True)
+class TransformerXL(PositionScheme):
+    """Sinusoids of the distance with learned u, v and W_R per block (the original shares u and v over blocks)."""
+
+    theta: float = 10_000.0
+    """Base of the sinusoids' frequencies."""
+    distance_dim: int | None = None
+    """Width of the sinusoid (even); default: head_dim. The original uses the model's width."""
+
+    def encode(
+        self, position_ids: Num[Tensor, "batch seq"], head_dim: int, documents: Documents | None = None
+    ) -> Float[Tensor, "batch seq code"]:
+        """Return [sin | cos] of every place, float32."""
+        frequencies = base_frequencies(self.theta, self.distance_dim or head_dim).to(position_ids.device)
+        angles = position_ids.unsqueeze(-1).float() * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    def layer(self, num_heads: int, head_dim: int) -> nn.Module:
+        """Return u, v and W_R of one block."""
+        return RelativeDistance(num_heads, head_dim, self.distance_dim or head_dim)

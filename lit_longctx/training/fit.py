@@ -1,0 +1,135 @@
+"""`lit_longctx fit | validate | test`: LightningCLI with this project's defaults and checks."""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import lit_longctx.data.pretraining  # noqa: F401 - makes the classes known by their short names
+from lit_longctx.checkpoint import newest_whole, read_model
+from lit_longctx.training.callbacks import Checkpoints, KeepTokenizer, ProgressLine
+from lit_longctx.training.module import LanguageModule
+from lit_longctx.training.parallel import FSDP2Strategy  # noqa: F401 - likewise
+
+TRAINER = {
+    "strategy": {"class_path": "lit_longctx.training.parallel.FSDP2Strategy"},
+    "use_distributed_sampler": False,
+    "num_sanity_val_steps": 0,
+    "inference_mode": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "max_epochs": -1,
+    "log_every_n_steps": 1,
+    "check_val_every_n_epoch": None,
+}
+INHERITED = ("theta", "original_context")
+"""Fields of a position scheme that come from the checkpoint unless given."""
+
+
+class CLI(LightningCLI):
+    """Models and data are subclasses chosen by class_path; the run folder is trainer.default_root_dir."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only the verbs that make sense here."""
+        hidden = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
+        return {verb: hidden for verb in ("fit", "validate", "test")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Callbacks of every run, configurable under their own names."""
+        parser.add_lightning_class_args(ProgressLine, "progress")
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Keep what the user gave, apart from what defaults added."""
+        super().parse_arguments(parser, args)
+        self.given = parser.parse_args(args, defaults=False)
+
+    def _parse_ckpt_path(self) -> None:
+        """Our checkpoints hold no hyperparameters that could override the config."""
+
+    def before_instantiate_classes(self) -> None:
+        """Complete the config from the checkpoint and from the launcher; guard the run folder."""
+        assert self.subcommand is not None
+        options = self.config[self.subcommand]
+        fill_in_launcher(options.trainer)
+        inherit_position(options.model, self.given[self.subcommand].get("model"))
+        run = Path(options.trainer.default_root_dir or "runs/default")
+        options.trainer.default_root_dir = str(run)
+        options.ckpt_path = find_checkpoint(run, options.ckpt_path, resume=self.subcommand == "fit")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Log to TensorBoard in the run folder unless told otherwise."""
+        assert self.subcommand is not None
+        options = self.config_init[self.subcommand].trainer
+        if options.get("logger") in (None, True):
+            kwargs["logger"] = TensorBoardLogger(options.default_root_dir, name="", version="")
+        return super().instantiate_trainer(**kwargs)
+
+
+def fill_in_launcher(trainer: Any) -> None:
+    """Take devices and nodes from torchrun where they are left open."""
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    if local and trainer.devices == "auto":
+        trainer.devices = int(local)
+        trainer.num_nodes = int(os.environ["WORLD_SIZE"]) // int(local)
+
+
+def inherit_position(model: Any, given: Any) -> None:
+    """Set theta and original_context from the checkpoint where the user left them open."""
+    checkpoint = model.init_args.get("checkpoint")
+    position = model.init_args.get("position")
+    if not checkpoint or not position:
+        return
+    config, own = read_model(checkpoint)
+    sources = {"theta": getattr(own, "theta", None), "original_context": config.max_position_embeddings}
+    chosen = given.init_args.position.get("init_args") or {}
+    for name in INHERITED:
+        if name in position.init_args and chosen.get(name) is None and sources[name] is not None:
+            position.init_args[name] = sources[name]
+            print(f"position: {name} {sources[name]:g} from {checkpoint}")
+
+
+def find_checkpoint(run: Path, asked: str | None, resume: bool) -> str | None:
+    """Resolve `last`; refuse to begin a run in a folder that holds one."""
+    folder = run / "checkpoints"
+    held = folder.is_dir() and any(folder.glob("step-????????"))
+    if asked == "last":
+        if not held:
+            print(f"{folder} holds no checkpoint yet: starting anew")
+            return None
+        return str(newest_whole(folder))
+    if asked is None and held and resume:
+        raise ValueError(
+            f"{run} holds a run already; continue it with --ckpt_path last, "
+            "or choose another --trainer.default_root_dir"
+        )
+    if asked is not None and not Path(asked).is_dir():
+        raise ValueError(f"checkpoint {asked} does not exist; expected a folder like {folder}/step-00000100")
+    return asked
+
+
+def fit(arguments: list[str]) -> None:
+    """Run LightningCLI with these arguments."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning", category=UserWarning)
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    CLI(
+        LanguageModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=SaveConfigCallback,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={**TRAINER, "callbacks": [KeepTokenizer()]},
+        parser_kwargs={"exit_on_error": False},
+        seed_everything_default=0,
+        args=arguments,
+    )

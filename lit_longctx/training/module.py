@@ -1,0 +1,242 @@
+"""Batch → step: token-exact loss under accumulation and ranks, clipping, AdamW."""
+
+from abc import ABC
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lit_longctx.attention import AttnImplementation
+from lit_longctx.batch import Batch, Step
+from lit_longctx.checkpoint import describe, fill, read_model, resolve
+from lit_longctx.evaluation.metrics import LossByPosition
+from lit_longctx.model import Llama, LlamaConfig
+from lit_longctx.position import PositionScheme, RoPE
+from lit_longctx.training import parallel
+from lit_longctx.training.schedule import Schedule, WarmupCosine
+
+
+class LanguageModule(LightningModule, ABC):
+    """What every kind of training shares; the data module owns the loss weights, this only sums them.
+
+    Args:
+        checkpoint: Hugging Face folder or run folder to start from.
+        config: Shape of a model with random weights, in place of a checkpoint.
+        position: Position scheme; default: the checkpoint's, or RoPE.
+        attn_implementation: Attention back end.
+        learning_rate: Peak learning rate of AdamW.
+        schedule: Course of the learning rate.
+        weight_decay: Of matrices; norms and biases are never decayed.
+        betas: AdamW's decay rates of first and second moment.
+        gradient_clip: Largest gradient norm.
+        compute_dtype: Dtype of products; master weights and gradient sums are float32.
+        activation_checkpointing: Recompute blocks in backward: less memory, a third more compute.
+        compile: torch.compile every block.
+        seed: Decides random weights.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        config: LlamaConfig | None = None,
+        position: PositionScheme | None = None,
+        attn_implementation: AttnImplementation = "sdpa",
+        learning_rate: float = 2e-5,
+        schedule: Schedule = WarmupCosine(),
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        gradient_clip: float = 1.0,
+        compute_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if (checkpoint is None) == (config is None):
+            raise ValueError("give either a checkpoint to start from or a config for random weights")
+        self.automatic_optimization = False
+        self.start = None if checkpoint is None else resolve(checkpoint)
+        own = RoPE()
+        if self.start is not None:
+            config, own = read_model(self.start)
+        assert config is not None
+        self.config = config
+        self.position = position or own
+        self.attn_implementation: AttnImplementation = attn_implementation
+        self.learning_rate = learning_rate
+        self.schedule = schedule
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.gradient_clip = gradient_clip
+        self.compute_dtype: torch.dtype = getattr(torch, compute_dtype)
+        self.activation_checkpointing = activation_checkpointing
+        self.compile_blocks = compile
+        self.seed = seed
+        self.samples_consumed = 0
+        self.llama: Llama | None = None
+        self.held_out_loss: LossByPosition | None = None
+
+    # ---- the model
+
+    def configure_model(self) -> None:
+        """Build on the meta device, shard, then fill each rank's shards."""
+        if self.llama is not None:
+            return
+        self._check_data()
+        with torch.device("meta"):
+            llama = Llama(self.config, self.position, self.attn_implementation)
+        if self.activation_checkpointing:
+            parallel.apply_activation_checkpointing(llama)
+        if self.compile_blocks:
+            parallel.apply_compile(llama)
+        if isinstance(self.trainer.strategy, parallel.FSDP2Strategy):
+            mesh = self.trainer.strategy.device_mesh["data_parallel"]
+            parallel.apply_sharding(llama, mesh, self.compute_dtype)
+        llama.to_empty(device=self.trainer.strategy.root_device)
+        fresh = fill(llama, self.start, self.seed)
+        self.llama = llama
+        self._announce(fresh)
+
+    def _check_data(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        tokenizer = getattr(data, "tokenizer", None)
+        if tokenizer and tokenizer["vocab_size"] > self.config.vocab_size:
+            raise ValueError(
+                f"data has a vocabulary of {tokenizer['vocab_size']}, larger than the model's "
+                f"{self.config.vocab_size}; prepare the data with the model's tokenizer"
+            )
+
+    @rank_zero_only
+    def _announce(self, fresh: list[str]) -> None:
+        assert self.llama is not None
+        number = sum(p.numel() for p in self.llama.parameters())
+        origin = self.start or "random weights"
+        print(f"model: {number:,} parameters from {origin}; position {self.position}")
+        if self.start is not None and fresh:
+            print(f"model: {len(fresh)} weights of {type(self.position).__name__} start anew")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW; matrices decay, vectors (norms, biases) do not."""
+        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        vectors = [p for n, p in named if p.ndim < 2 or "bias" in n]
+        matrices = [p for n, p in named if not (p.ndim < 2 or "bias" in n)]
+        groups = [
+            {"params": matrices, "weight_decay": self.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
+
+    # ---- one step
+
+    def training_step(self, step: Step, step_index: int) -> None:
+        """Run all micro-batches of an optimizer step and update.
+
+        Each micro-batch backpropagates Σ nats·w · G / W, with G the ranks that FSDP averages over and W
+        the weights of all their micro-batches: the mean over targets, however they are spread.
+        """
+        assert self.llama is not None
+        optimizer = self.optimizers()
+        weights = sum((b.loss_weights.sum(dtype=torch.float64) for b in step.micro_batches), self._zero())
+        total = self._sum_over_ranks(weights)
+        ranks = self.trainer.world_size
+        loss = self._zero()
+        for batch in step.micro_batches:
+            summed, _ = self.llama.loss(batch)
+            self.manual_backward(summed * (ranks / total.clamp(min=1e-8)).to(summed.dtype))
+            loss += summed.detach()
+        mean = self._sum_over_ranks(loss) / total
+        norm = self._clip()
+        if not (mean.isfinite() and norm.isfinite()):
+            optimizer.zero_grad()
+            raise FloatingPointError(self._describe_blow_up(step, float(mean), float(norm)))
+        rate = self.learning_rate * self.schedule.factor(self.global_step, self.trainer.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        self.samples_consumed = step.next_sample
+        seen = self.samples_consumed * step.micro_batches[0].input_ids.shape[1]
+        self._log_step(mean=mean, norm=norm, rate=rate, tokens=seen)
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        value = value.clone()
+        if dist.is_initialized():
+            dist.all_reduce(value)
+        return value
+
+    def _clip(self) -> Tensor:
+        """Scale gradients to at most `gradient_clip`; return their norm before, the same on all ranks."""
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _describe_blow_up(self, step: Step, loss: float, norm: float) -> str:
+        samples = [int(s) for batch in step.micro_batches for s in batch.samples]
+        return (
+            f"step {self.global_step}: loss {loss}, gradient norm {norm}, samples {samples[0]} to "
+            f"{samples[-1]} on rank {self.global_rank}; weights are as before the step; "
+            "resume from the last checkpoint with a lower learning rate"
+        )
+
+    def _log_step(self, mean: Tensor, norm: Tensor, rate: float, tokens: int) -> None:
+        values = {"loss": mean.float(), "grad_norm": norm, "lr": rate, "tokens": float(tokens)}
+        self.log_dict({f"train/{name}": value for name, value in values.items()})
+
+    # ---- validation
+
+    def on_validation_start(self) -> None:
+        """Start counting anew."""
+        names = list(getattr(getattr(self.trainer, "datamodule", None), "sources", {"data": None}))
+        window = getattr(getattr(self.trainer, "datamodule", None), "window", 4096)
+        self.held_out_loss = LossByPosition(names, window).to(self.device)
+
+    on_test_start = on_validation_start
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        """Count nats by position and source."""
+        assert self.llama is not None and self.held_out_loss is not None
+        self.held_out_loss.update(self.llama.loss(batch)[1], batch)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what was counted, over all ranks."""
+        assert self.held_out_loss is not None
+        self.log_dict(self.held_out_loss.scalars(), sync_dist=False)
+        self.held_out_loss = None
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the data's whole state, one number, and what the model is."""
+        assert self.llama is not None
+        data = getattr(self.trainer, "datamodule", None)
+        checkpoint["samples_consumed"] = self.samples_consumed
+        checkpoint["model_description"] = {
+            **describe(self.llama, getattr(data, "window", None)),
+            "started_from": None if self.start is None else str(self.start),
+            "tokenizer": getattr(data, "tokenizer", None),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the count of samples."""
+        self.samples_consumed = checkpoint["samples_consumed"]
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Tokenizer of the data, to be kept with the run."""
+        return getattr(getattr(self.trainer, "datamodule", None), "tokenizer_folder", None)
+
+
+class ContinualPretrain(LanguageModule):
+    """Next-token prediction on packed documents, from a checkpoint or from random weights."""

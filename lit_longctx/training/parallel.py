@@ -1,0 +1,144 @@
+"""How a Llama is spread over processes: FSDP2 over one mesh, and checkpoints that are whole or refused."""
+
+import json
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from lit_longctx import manifest
+from lit_longctx.checkpoint import MODEL, newest_whole
+from lit_longctx.model import Llama
+
+
+def apply_sharding(llama: Llama, mesh: DeviceMesh, compute: torch.dtype) -> None:
+    """Shard every block, then the rest: embedding, final norm and head stay in the root group.
+
+    Master weights stay in their dtype (float32), products run in `compute`, gradients are averaged in
+    float32. Inputs are not cast: position codes need their float32.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in llama.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(llama, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(llama, "loss")
+    register_fsdp_forward_method(llama, "logits")
+
+
+def apply_activation_checkpointing(llama: Llama) -> None:
+    """Keep only each block's input and recompute the rest in backward: a third more compute."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    layers = llama.model.layers
+    for i, block in enumerate(layers):
+        layers[i] = checkpoint_wrapper(block)
+
+
+def apply_compile(llama: Llama) -> None:
+    """Compile block by block: one graph serves all of them."""
+    for block in llama.model.layers:
+        block.compile()
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """FSDP2 over all processes, one or many, on CPU (gloo) or CUDA (NCCL).
+
+    Checkpoints are folders `step-N`: written beside, hashed, flushed, renamed; the file `latest` is moved
+    last. A folder that is torn or altered is refused by name before any weight of it is used.
+
+    Args:
+        process_group_backend: `gloo` or `nccl`; default: by device.
+        timeout_minutes: After how long a collective that a process never joins fails.
+    """
+
+    def __init__(
+        self, process_group_backend: str | None = None, timeout_minutes: float = 30.0
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            process_group_backend=process_group_backend,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+
+    def setup_environment(self) -> None:
+        """Resolve the mesh size here: Lightning's own `auto` would mean tensor parallelism."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Save a folder that appears whole or not at all."""
+        target = Path(self.broadcast(filepath))
+        temporary = Path(self.broadcast(manifest.beside(target)))
+        description = checkpoint.pop("model_description", None)
+        super().save_checkpoint(checkpoint, temporary, storage_options)
+        if self.global_rank == 0 and description:
+            manifest.write_text(temporary / MODEL, json.dumps(description, indent=1) + "\n")
+        self.barrier()
+        hashes = self._hash_share(temporary)
+        if self.global_rank == 0:
+            manifest.seal(temporary, hashes)
+            if target.exists():  # the same step again, after a resume from before it
+                shutil.rmtree(target)
+            manifest.publish(temporary, target)
+            manifest.write_text(target.parent / "latest", target.name + "\n")
+        self.barrier()
+
+    def _hash_share(self, folder: Path) -> dict[str, str]:
+        """Hash the folder's files, each rank its share, and give all of them to everyone."""
+        files = manifest.files_of(folder)[self.global_rank :: self.world_size]
+        mine = {}
+        for path in files:
+            manifest.flush(path)
+            mine[path.relative_to(folder).as_posix()] = manifest.digest(path)
+        return {name: value for part in self.gather_objects(mine) for name, value in part.items()}
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """Return every rank's object, on all ranks."""
+        gathered: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(gathered, item)
+        return gathered
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Verify, then load, resharded to this layout."""
+        path = Path(self.broadcast(checkpoint_path))
+        self._verify(path)
+        return super().load_checkpoint(path, weights_only=weights_only)
+
+    def _verify(self, path: Path) -> None:
+        """Each rank checks its share of the files; all raise if one finds a fault."""
+        try:
+            manifest.verify(path, self.global_rank, self.world_size)
+            fault = None
+        except ValueError as error:
+            fault = str(error)
+        if faults := [fault for fault in self.gather_objects(fault) if fault]:
+            try:
+                offer = f"the newest whole one is {newest_whole(path.parent)}"
+            except ValueError:
+                offer = "there is no whole one beside it"
+            raise ValueError(f"{faults[0]}; {offer}")
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Delete a checkpoint, its manifest first: half deleted it is no checkpoint."""
+        if self.global_rank == 0:
+            (Path(filepath) / manifest.NAME).unlink(missing_ok=True)
+            shutil.rmtree(filepath, ignore_errors=True)
+
+
+def materialise(llama: nn.Module, device: torch.device) -> None:
+    """Give meta parameters memory; their content is whatever was there."""
+    llama.to_empty(device=device)
