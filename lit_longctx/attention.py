@@ -36,7 +36,7 @@ class AttentionBackend(ABC):
         """Softmax of scale·q·k over each query's visible keys, applied to v."""
 
 
-def attention_backend(name: AttnImplementation) -> AttentionBackend:
+def attention_backend(name: str) -> AttentionBackend:
     """Return the back end of that name; ImportError or ValueError names what is missing."""
     backends = {
         "sdpa": SDPA,
@@ -227,12 +227,14 @@ class FlexAttention(AttentionBackend):
         batch, num_queries = queries.ids.shape
         num_keys = keys.ids.shape[1]
         past = num_keys - num_queries
-
-        def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (queries.ids[b, i] == keys.ids[b, j]) & (i + past >= j)
-
-        device = queries.ids.device
-        return self.create_block_mask(rule, batch, None, num_queries, num_keys, device=device)
+        return self.create_block_mask(
+            lambda b, h, i, j: (queries.ids[b, i] == keys.ids[b, j]) & (i + past >= j),
+            batch,
+            None,
+            num_queries,
+            num_keys,
+            device=queries.ids.device,
+        )
 
     def attend(
         self, q: Heads, k: KVHeads, v: Values, mask: Any, scale: float

@@ -1,4 +1,4 @@
-"""Model folders: Hugging Face folder ↔ Llama, and our own run folders.
+"""Model folders: Hugging Face folder ↔ Llama, our own run folders, Meta's checkpoints.
 
 Weights are read slice by slice from safetensors or from a distributed checkpoint into parameters that may
 be sharded already; nothing here unpickles a file that did not come from one of our runs.
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lit_longctx import hugging_face, manifest
+from lit_longctx import hugging_face, manifest, meta
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.model import Llama, LlamaConfig, initial_weight
 from lit_longctx.position import PositionScheme
@@ -38,7 +38,7 @@ SCHEME = ".self_attn.position."
 def resolve(folder: str | Path) -> Path:
     """Return the folder that holds the weights: itself, or a run's newest whole checkpoint."""
     path = Path(folder)
-    if (path / "config.json").is_file() or (path / MODEL).is_file():
+    if any((path / name).is_file() for name in ("config.json", MODEL, meta.PARAMS)):
         return path
     if (path / "checkpoints").is_dir():
         return newest_whole(path / "checkpoints")
@@ -65,7 +65,9 @@ def read_model(folder: str | Path) -> tuple[LlamaConfig, PositionScheme]:
     if (path / MODEL).is_file():
         description = json.loads((path / MODEL).read_text())
         return LlamaConfig(**description["config"]), _scheme(description["position"])
-    return hugging_face.read_config(path)
+    if (path / "config.json").is_file():
+        return hugging_face.read_config(path)
+    return meta.read_params(path)
 
 
 def describe(llama: Llama, context: int | None) -> dict[str, Any]:
@@ -144,8 +146,10 @@ def fill(llama: Llama, folder: Path | None, seed: int = 0) -> list[str]:
         missing = list(parameters)
     elif (folder / MODEL).is_file():
         missing = _fill_from_run(parameters, folder, llama.config)
-    else:
+    elif (folder / "config.json").is_file():
         missing = _fill_from_safetensors(parameters, folder, llama.config)
+    else:
+        missing = _fill_from_meta(parameters, folder, llama.config)
     for name in missing:
         shape = parameters[name].shape
         _copy(parameters[name], initial_weight(name, shape, llama.config.num_hidden_layers, seed))
@@ -180,12 +184,13 @@ def _compare(
     if foreign := [name for name in missing if SCHEME not in name]:
         raise ValueError(f"{folder} lacks {foreign[0]} ({len(foreign)} weights missing)")
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    for name in stored.keys() - parameters.keys() - tied:
-        if SCHEME not in name and not name.endswith("rotary_emb.inv_freq"):
+    for name in stored:
+        spare = name in tied or SCHEME in name or name.endswith("rotary_emb.inv_freq")
+        if name not in parameters and not spare:
             raise ValueError(f"{folder} holds {name}, which this model has no place for")
-    for name in parameters.keys() - set(missing):
-        if stored[name] != list(parameters[name].shape):
-            expected = list(parameters[name].shape)
+    for name, parameter in parameters.items():
+        if name in stored and stored[name] != list(parameter.shape):
+            expected = list(parameter.shape)
             raise ValueError(f"{folder}: {name} is {stored[name]}, expected {expected}")
     return missing
 
@@ -197,6 +202,18 @@ def _fill_from_safetensors(
     handles = [_open(file) for file in _safetensors_files(folder)]
     stored = {name: handle.get_slice(name) for handle in handles for name in handle.keys()}  # noqa: SIM118
     shapes = {name: list(part.get_shape()) for name, part in stored.items()}
+    missing = _compare(parameters, shapes, folder, config)
+    for name in parameters.keys() - set(missing):
+        _copy(parameters[name], stored[name])
+    return missing
+
+
+def _fill_from_meta(
+    parameters: dict[str, Tensor], folder: Path, config: LlamaConfig
+) -> list[str]:
+    """Join and permute Meta's parts; every rank reads all of them, memory-mapped."""
+    stored = meta.read_weights(folder, config)
+    shapes = {name: list(weight.shape) for name, weight in stored.items()}
     missing = _compare(parameters, shapes, folder, config)
     for name in parameters.keys() - set(missing):
         _copy(parameters[name], stored[name])
@@ -270,6 +287,7 @@ def export_pretrained(
         _save_tokenizer(tokenizer, temporary)
         ends = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
         (temporary / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+        hugging_face.compare_with_transformers(temporary, llama)
     return Path(folder)
 
 

@@ -41,7 +41,7 @@ def generate(
         Prompt and continuation; a row goes on with `eos` after it has met it.
     """
     generator = torch.Generator(prompt.device).manual_seed(seed)
-    cache = Cache(llama.config.num_hidden_layers)
+    cache = Cache(llama.config.num_hidden_layers, planned=prompt.shape[1] + max_new_tokens)
     ids, new = prompt, prompt
     ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     for _ in range(max_new_tokens):

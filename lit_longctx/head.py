@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_longctx.batch import NO_TARGET
 
-LOGITS_AT_ONCE = 2**24
-"""Logits that exist at the same time (64 MiB in float32)."""
+LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**27}
+"""Logits that exist at the same time: 32 MiB in float32, a processor's cache, or 512 MiB on a GPU."""
 
 
-def rows_at_once(vocab: int) -> int:
+def rows_at_once(weight: Float[Tensor, "vocab width"]) -> int:
     """Rows per chunk; at least 256, below which the matrix products lose speed."""
-    return max(256, LOGITS_AT_ONCE // vocab)
+    return max(256, LOGITS_AT_ONCE.get(weight.device.type, 2**24) // len(weight))
 
 
 def token_nats(
@@ -32,7 +32,7 @@ def token_nats(
     Can be weighted in any way afterwards. Costs one more product with the vocabulary than `weighted_loss`.
     """
     rows = (labels != NO_TARGET).nonzero().flatten()
-    chunks = rows.split(rows_at_once(len(weight)))
+    chunks = rows.split(rows_at_once(weight))
     found = [
         checkpoint(_nats, hidden[chunk], weight, labels[chunk], use_reentrant=False)
         for chunk in chunks
@@ -77,18 +77,21 @@ class _WeightedLoss(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         rows = (labels != NO_TARGET).nonzero().flatten()
-        for chunk in rows.split(rows_at_once(len(weight))):
-            if not len(chunk):
-                continue
+        # one buffer for all chunks: fresh pages would cost the CPU as much as the product itself
+        buffer = hidden.new_empty(min(len(rows), rows_at_once(weight)), len(weight))
+        for chunk in rows.split(max(1, len(buffer))):
             h, label = hidden[chunk], labels[chunk].unsqueeze(1)
-            logits = (h @ weight.T).float()
-            normaliser = logits.logsumexp(dim=1, keepdim=True)
-            nats[chunk] = (normaliser - logits.gather(1, label)).squeeze(1)
+            logits = torch.mm(h, weight.T, out=buffer[: len(h)]).float()
+            largest = logits.amax(dim=1, keepdim=True)
+            likelihood = logits.gather(1, label) - largest
+            exponentials = logits.sub_(largest).exp_()
+            normaliser = exponentials.sum(dim=1, keepdim=True)
+            nats[chunk] = (normaliser.log() - likelihood).squeeze(1)
             if grad_hidden is None or grad_weight is None:
                 continue
             # d(w·nats)/d logits = w·(softmax − onehot), built in place of the logits
             w = loss_weights[chunk].unsqueeze(1).float()
-            grad = logits.sub_(normaliser).exp_().mul_(w).scatter_add_(1, label, -w).to(h.dtype)
+            grad = exponentials.mul_(w / normaliser).scatter_add_(1, label, -w).to(h.dtype)
             grad_hidden[chunk] = grad @ weight
             if grad.dtype == torch.float32:
                 grad_weight.addmm_(grad.T, h)
@@ -103,4 +106,5 @@ class _WeightedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(ctx.weight_dtype), None, None, None
+        grad_hidden, grad_weight = grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss)
+        return grad_hidden, grad_weight.to(ctx.weight_dtype), None, None, None

@@ -2,13 +2,29 @@
 
 import json
 from dataclasses import asdict, fields
+from importlib.util import find_spec
+from math import isclose
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lit_longctx.model import Llama, LlamaConfig
-from lit_longctx.position import PositionScheme, RoPE
+from lit_longctx.position import (
+    DynamicNTK,
+    Llama3,
+    LongRoPE,
+    NTKAware,
+    PositionInterpolation,
+    PositionScheme,
+    RoPE,
+    YaRN,
+)
+
+ORIGINAL = "original_max_position_embeddings"
+
+
+# ---- in
 
 
 def read_config(folder: Path) -> tuple[LlamaConfig, PositionScheme]:
@@ -28,31 +44,81 @@ def read_config(folder: Path) -> tuple[LlamaConfig, PositionScheme]:
             given[key] = given[key][0]
     try:
         return LlamaConfig(**given), read_position(config)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
 
 
 def read_position(config: dict[str, Any]) -> PositionScheme:
-    """Return the scheme that config.json describes, in transformers' v5 or v4 form."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    unknown = set(rope) - {"rope_theta", "rope_type", "type"}
-    if kind != "default" or unknown:
-        names = sorted(unknown - {"factor"}) if kind == "default" else [kind]
-        raise ValueError(f"rope {', '.join(names)} cannot be represented; expected rope_type default")
-    return RoPE(theta=float(theta))
+    """Return the scheme that config.json describes, in transformers' v5 or v4 form.
+
+    v5 keeps everything in `rope_parameters`; v4 has `rope_scaling` with `rope_type` or `type`, and
+    `rope_theta` beside it. A key that no scheme here can represent is refused by name.
+    """
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope = {key: value for key, value in rope.items() if value is not None}
+    theta = float(rope.pop("rope_theta", config.get("rope_theta") or 10_000.0))
+    old_kind = rope.pop("type", "default")
+    kind = rope.pop("rope_type", old_kind)
+    context = config.get("max_position_embeddings", 2048)
+    partial = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial not in (1.0, None):
+        raise ValueError(f"rope key partial_rotary_factor {partial} cannot be represented")
+    position = _scheme(kind, rope, theta, context)
+    told = rope.pop("attention_factor", None)
+    factor = getattr(position, "attention_factor", 1.0)
+    if told is not None and not isclose(told, factor, rel_tol=1e-6):
+        raise ValueError(
+            f"rope key attention_factor {told} cannot be represented; {kind} here has {factor:.6g}"
+        )
+    if rope.pop("truncate", True) is not True:
+        raise ValueError("rope key truncate false cannot be represented")
+    if rope:
+        raise ValueError(f"rope key {sorted(rope)[0]} cannot be represented with rope_type {kind}")
+    return position
+
+
+def _scheme(kind: str, rope: dict[str, Any], theta: float, context: int) -> PositionScheme:
+    """Build the scheme of a rope_type, taking its keys out of `rope`."""
+    if kind == "default":
+        rope.pop(ORIGINAL, None)
+        return RoPE(theta)
+    if kind == "linear":
+        rope.pop(ORIGINAL, None)
+        return PositionInterpolation(theta, factor=float(rope.pop("factor")))
+    if kind == "dynamic":
+        rope.pop(ORIGINAL, None)  # transformers scales from max_position_embeddings
+        return DynamicNTK(theta, factor=float(rope.pop("factor")), original_context=context)
+    if kind not in ("yarn", "llama3", "longrope"):
+        raise ValueError(
+            f"rope_type {kind!r} cannot be represented; expected default, linear, dynamic, yarn, "
+            "llama3 or longrope"
+        )
+    original = int(rope.pop(ORIGINAL, context))
+    factor = float(rope.pop("factor", context / original))
+    if kind == "yarn":
+        betas = {"beta_fast": 32, "beta_slow": 1}
+        turns = {name: float(rope.pop(name, default)) for name, default in betas.items()}
+        return YaRN(theta, factor=factor, original_context=original, **turns)
+    if kind == "llama3":
+        bounds = {name: float(rope.pop(name)) for name in ("low_freq_factor", "high_freq_factor")}
+        return Llama3(theta, factor=factor, original_context=original, **bounds)
+    lists = {name: tuple(rope.pop(name)) for name in ("short_factor", "long_factor")}
+    return LongRoPE(theta, factor=factor, original_context=original, **lists)
+
+
+# ---- out
 
 
 def config_json(llama: Llama, context: int | None, dtype: torch.dtype) -> dict[str, Any]:
-    """Return config.json with both the v5 (`rope_parameters`) and the v4 rope keys."""
-    if not isinstance(llama.position, RoPE):
-        raise ValueError(
-            f"Hugging Face's Llama cannot represent {type(llama.position).__name__}; "
-            "keep the run folder and evaluate it with lit_longctx, or train with RoPE"
-        )
+    """Return config.json with both the v5 (`rope_parameters`) and the v4 rope keys.
+
+    transformers 4 ignores v5's dictionary, and would silently read theta 10,000 without the others.
+    """
+    theta, rope = rope_of(llama.position, llama.config.head_width)
+    if isinstance(llama.position, DynamicNTK):
+        # transformers scales from here: raising it would switch the scaling off
+        context = llama.position.original_context
     name = str(dtype).removeprefix("torch.")
-    theta = float(llama.position.theta)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -61,9 +127,79 @@ def config_json(llama: Llama, context: int | None, dtype: torch.dtype) -> dict[s
         "hidden_act": "silu",
         "mlp_bias": False,
         "initializer_range": 0.02,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rope_parameters": {**rope, "rope_theta": theta},
         "rope_theta": theta,
-        "rope_scaling": None,
+        "rope_scaling": rope if rope["rope_type"] != "default" else None,
         "dtype": name,
         "torch_dtype": name,
     }
+
+
+def rope_of(position: PositionScheme, head_dim: int) -> tuple[float, dict[str, Any]]:
+    """Return theta and the other rope keys of a scheme; ValueError if there are none for it."""
+    advice = "keep the run folder: lit_longctx evaluates and generates from it"
+    if isinstance(position, LongRoPE) and position.unscaled_tokens:
+        raise ValueError(
+            f"Hugging Face cannot represent LongRoPE's unscaled_tokens {position.unscaled_tokens}; "
+            f"train with unscaled_tokens 0, or {advice}"
+        )
+    rope: dict[str, Any]
+    match position:
+        case RoPE():
+            rope = {"rope_type": "default"}
+        case NTKAware():
+            return position.scaled_theta(head_dim), {"rope_type": "default"}
+        case PositionInterpolation():
+            rope = {"rope_type": "linear", "factor": position.factor}
+        case DynamicNTK():
+            rope = {"rope_type": "dynamic", "factor": position.factor}
+        case YaRN():
+            rope = {
+                "rope_type": "yarn",
+                "factor": position.factor,
+                ORIGINAL: position.original_context,
+                "beta_fast": position.beta_fast,
+                "beta_slow": position.beta_slow,
+            }
+        case Llama3():
+            rope = {
+                "rope_type": "llama3",
+                "factor": position.factor,
+                "low_freq_factor": position.low_freq_factor,
+                "high_freq_factor": position.high_freq_factor,
+                ORIGINAL: position.original_context,
+            }
+        case LongRoPE():
+            rope = {
+                "rope_type": "longrope",
+                "factor": position.factor,
+                "short_factor": list(position.short_factor),
+                "long_factor": list(position.long_factor),
+                ORIGINAL: position.original_context,
+            }
+        case _:
+            raise ValueError(
+                f"Hugging Face's Llama cannot represent {type(position).__name__}; "
+                f"train with a scheme that it has, or {advice}"
+            )
+    return float(getattr(position, "theta")), rope  # noqa: B009 - the abstract scheme has none
+
+
+def compare_with_transformers(folder: Path, llama: Llama) -> None:
+    """Reload a folder in transformers, if installed: same frequencies and attention factor, or ValueError."""
+    if not find_spec("transformers"):
+        return
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    theirs = LlamaRotaryEmbedding(config)
+    assert hasattr(llama.position, "frequencies")
+    ours = llama.position.frequencies(llama.config.head_width)
+    found = theirs.inv_freq.float()
+    scale, own_scale = theirs.attention_scaling, llama.position.attention_factor  # pyright: ignore
+    if not torch.allclose(found, ours, rtol=1e-6, atol=0) or not isclose(scale, own_scale):
+        raise ValueError(
+            f"transformers reads other positions from the exported folder than {llama.position}; "
+            "this is a bug here or there; nothing was written"
+        )

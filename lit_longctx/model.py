@@ -5,6 +5,7 @@ of Lightning, data or sharding: those are done to it from outside.
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lit_longctx.attention import AttentionBackend, AttnImplementation, attention_backend
 from lit_longctx.batch import Batch, Documents, one_document
@@ -80,10 +82,17 @@ class LlamaConfig:
 
 
 class Cache:
-    """Keys and values of what was read so far, for decoding; every row is one document."""
+    """Keys and values of what was read so far, for decoding; every row is one document.
 
-    def __init__(self, num_layers: int) -> None:
+    Args:
+        num_layers: Blocks of the model.
+        planned: Tokens the document will have in the end, prompt and continuation; schemes that depend
+            on the document's length need it, since keys in the cache cannot be turned again.
+    """
+
+    def __init__(self, num_layers: int, planned: int | None = None) -> None:
         self.layers = [LayerCache() for _ in range(num_layers)]
+        self.planned = planned
 
     @property
     def length(self) -> int:
@@ -139,6 +148,25 @@ class Attention(nn.Module):
         return self.o_proj(rearrange(out, "batch seq heads dim -> batch seq (heads dim)"))
 
 
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Call a function but keep only its inputs for backward, which computes the rest again.
+
+    For elementwise work before a product: it costs little time and most of a block's memory. The product
+    itself is not repeated, since recomputation stops at the last tensor that backward needs.
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467); keeps only its input for backward."""
+
+    def forward(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seq width"]:
+        """On CUDA torch's kernel is fused and keeps no more either."""
+        return super().forward(x) if x.is_cuda else recomputed(super().forward, x)
+
+
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
@@ -150,7 +178,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seq width"]:
         """Map each token by itself."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return recomputed(self._down, self.gate_proj(x), self.up_proj(x))
+
+    def _down(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -158,9 +189,9 @@ class Block(nn.Module):
 
     def __init__(self, config: LlamaConfig, position: PositionScheme, backend: AttentionBackend):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, position, backend)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(
@@ -184,7 +215,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             Block(config, position, backend) for _ in range(config.num_hidden_layers)
         )
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class Llama(nn.Module):
@@ -213,12 +244,24 @@ class Llama(nn.Module):
     def hidden(self, batch: Batch, cache: Cache | None = None) -> Float[Tensor, "batch seq width"]:
         """Final hidden states, after the last norm."""
         keys = batch.documents if cache is None else _cached(batch.documents, cache.length)
-        code = self.position.encode(batch.position_ids, self.config.head_width, keys)
+        final = keys if cache is None else self._planned(batch.documents, cache)
+        code = self.position.encode(batch.position_ids, self.config.head_width, final)
         mask = self.backend.prepare(batch.documents, keys)
         x = self.model.embed_tokens(batch.input_ids)
         for i, block in enumerate(self.model.layers):
             x = block(x, code, mask, None if cache is None else cache.layers[i])
         return self.model.norm(x)
+
+    def _planned(self, new: Documents, cache: Cache) -> Documents | None:
+        """Return the documents as they will be when all is read, for schemes that ask for them."""
+        if not self.position.depends_on_length:
+            return None
+        if cache.planned is None:
+            raise ValueError(
+                f"{type(self.position).__name__} depends on the document's length, which a cache must "
+                "know beforehand: Cache(num_layers, planned=prompt + new tokens)"
+            )
+        return one_document(len(new.ids), cache.planned, new.ids.device)
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch seq"]:
         """Nats of each target, float32, 0 where there is none; differentiable, recomputes the head."""
@@ -254,7 +297,7 @@ def initial_weight(name: str, shape: torch.Size, num_layers: int, seed: int) -> 
         return torch.ones(shape)
     if "bias" in name:
         return torch.zeros(shape)
-    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
     std = 0.02 / (2 * num_layers) ** 0.5 if into_residual else 0.02
     return torch.empty(shape).normal_(0.0, std, generator=generator)

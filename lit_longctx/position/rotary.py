@@ -1,22 +1,25 @@
 """Rotary schemes: each pair of features turns by its own angle per token.
 
 Pairs are (i, i + head_dim/2), as in Hugging Face checkpoints, so that weights load without permutation.
+Notation: d = head_dim, b = theta, θ_i = b^(−2i/d), wavelength λ_i = 2π/θ_i, s = factor, L = original_context.
 """
 
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import ceil, floor, log, pi, sqrt
 
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from lit_longctx.batch import Documents
-from lit_longctx.position.scheme import PositionScheme
+from lit_longctx.position.scheme import PositionScheme, document_lengths
 
 
 def base_frequencies(theta: float, head_dim: int) -> Float[Tensor, " freq"]:
-    """θ_i = b^(−2i/d) in radians per token, i = 0 … d/2 − 1 (Su et al. 2021, arXiv:2104.09864, eq. 15)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    return 1.0 / theta**exponents
+    """θ_i in radians per token, i = 0 … d/2 − 1 (Su et al. 2021, arXiv:2104.09864, eq. 15)."""
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
 
 class Rotate(nn.Module):
@@ -27,25 +30,61 @@ class Rotate(nn.Module):
         q: Float[Tensor, "batch seq heads head_dim"],
         k: Float[Tensor, "batch seq kv_heads head_dim"],
         code: Float[Tensor, "batch seq head_dim"],
-    ) -> tuple[Float[Tensor, "batch seq heads head_dim"], Float[Tensor, "batch seq kv_heads head_dim"]]:
-        """Rotate in float32, whatever the dtype of q and k: bf16 angles would be wrong beyond 256 tokens."""
+    ) -> tuple[
+        Float[Tensor, "batch seq heads head_dim"], Float[Tensor, "batch seq kv_heads head_dim"]
+    ]:
+        """Rotate in float32, whatever the dtype of q and k: bf16 has no integers beyond 256."""
         cos, sin = code.unsqueeze(2).chunk(2, dim=-1)
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+        return turn(q.float(), cos, sin).to(q.dtype), turn(k.float(), cos, sin).to(k.dtype)
 
 
-def rotate(
+def turn(
     x: Float[Tensor, "batch seq heads head_dim"],
     cos: Float[Tensor, "batch seq 1 freq"],
     sin: Float[Tensor, "batch seq 1 freq"],
 ) -> Float[Tensor, "batch seq heads head_dim"]:
     """(a, b) → (a cos − b sin, b cos + a sin) for the half-split pairs (a, b) of x."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def cos_sin(
+    angles: Float[Tensor, "batch seq freq"], attention_factor: float
+) -> Float[Tensor, "batch seq head_dim"]:
+    """Return [cos | sin], both times the attention factor."""
+    return torch.cat([angles.cos(), angles.sin()], dim=-1) * attention_factor
+
+
+class Rotary(PositionScheme):
+    """A scheme that is given by one frequency per pair and a factor on cos and sin."""
+
+    @property
+    @abstractmethod
+    def attention_factor(self) -> float:
+        """Multiplies cos and sin, so that scores grow by its square."""
+
+    @abstractmethod
+    def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
+        """Radians per token of each pair, float32, in a document of `length` tokens."""
+
+    def encode(
+        self,
+        position_ids: Num[Tensor, "batch seq"],
+        head_dim: int,
+        documents: Documents | None = None,
+    ) -> Float[Tensor, "batch seq code"]:
+        """Return [cos | sin] of every pair's angle, float32."""
+        frequencies = self.frequencies(head_dim).to(position_ids.device)
+        return cos_sin(position_ids.unsqueeze(-1).float() * frequencies, self.attention_factor)
+
+    def layer(self, num_heads: int, head_dim: int) -> nn.Module:
+        """Rotation needs no weights."""
+        return Rotate()
 
 
 @dataclass(frozen=True)
-class RoPE(PositionScheme):
-    """Rotary position embedding (Su et al. 2021); a larger theta is ABF (Xiong et al. 2023, arXiv:2309.16039)."""
+class RoPE(Rotary):
+    """Rotary position embedding (Su et al. 2021); a larger theta is ABF (Xiong et al. 2023, §2.1)."""
 
     theta: float = 10_000.0
     """Rotary base b. Llama 2: 1e4, Llama 3: 5e5, Llama 2 Long (ABF): 5e5."""
@@ -53,16 +92,279 @@ class RoPE(PositionScheme):
     attention_factor = 1.0
 
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
-        """Radians per token of each pair, float32."""
+        """θ_i."""
+        return base_frequencies(self.theta, head_dim)
+
+
+@dataclass(frozen=True)
+class PositionInterpolation(Rotary):
+    """Positions divided by s (Chen et al. 2023, arXiv:2306.15595, eq. 4); Hugging Face's `linear`."""
+
+    theta: float = 10_000.0
+    """Rotary base b."""
+    factor: float = field(kw_only=True)
+    """s: how many times the original context is wanted."""
+
+    attention_factor = 1.0
+
+    def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
+        """θ_i / s."""
+        return base_frequencies(self.theta, head_dim) / self.factor
+
+
+@dataclass(frozen=True)
+class NTKAware(Rotary):
+    """Base b·s^(d/(d−2)): the slowest pair is interpolated, the fastest kept (bloc97 2023)."""
+
+    theta: float = 10_000.0
+    """Rotary base b before scaling."""
+    factor: float = field(kw_only=True)
+    """s: how many times the original context is wanted."""
+
+    attention_factor = 1.0
+
+    def scaled_theta(self, head_dim: int) -> float:
+        """The base that results; it is all that Hugging Face needs to know."""
+        return self.theta * self.factor ** (head_dim / (head_dim - 2))
+
+    def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
+        """θ_i of the scaled base."""
+        return base_frequencies(self.scaled_theta(head_dim), head_dim)
+
+
+@dataclass(frozen=True)
+class DynamicNTK(Rotary):
+    """NTK-aware with the factor that each document's length asks for (emozilla 2023); none up to L.
+
+    n tokens get the base b·(s·n/L − (s − 1))^(d/(d−2)); s = 1 scales just as much as n needs.
+    """
+
+    theta: float = 10_000.0
+    """Rotary base b before scaling."""
+    factor: float = field(kw_only=True)
+    """s, Hugging Face's `factor`."""
+    original_context: int = field(kw_only=True)
+    """L: tokens per sequence the starting checkpoint was trained on."""
+
+    attention_factor = 1.0
+    depends_on_length = True
+
+    def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
+        """θ_i of the base for `length` tokens; without a length, of b."""
+        stretched = max(length or 0, self.original_context) / self.original_context
+        scale = (self.factor * stretched - (self.factor - 1)) ** (head_dim / (head_dim - 2))
+        return base_frequencies(self.theta * scale, head_dim)
+
+    def encode(
+        self,
+        position_ids: Num[Tensor, "batch seq"],
+        head_dim: int,
+        documents: Documents | None = None,
+    ) -> Float[Tensor, "batch seq code"]:
+        """Return [cos | sin]; every document has its own frequencies."""
+        lengths = document_lengths(position_ids, documents).double()
+        stretched = lengths.clamp(min=self.original_context) / self.original_context
+        scale = (self.factor * stretched - (self.factor - 1)) ** (head_dim / (head_dim - 2))
+        exponents = torch.arange(0, head_dim, 2, device=lengths.device, dtype=torch.float32)
+        base = (self.theta * scale).float().unsqueeze(-1)
+        frequencies = 1.0 / base ** (exponents / head_dim)
+        return cos_sin(position_ids.unsqueeze(-1).float() * frequencies, self.attention_factor)
+
+
+@dataclass(frozen=True)
+class YaRN(Rotary):
+    """Fast pairs kept, slow pairs interpolated, a ramp between (Peng et al. 2023, arXiv:2309.00071).
+
+    The paper's ramp is linear in L/λ_i (eq. 18); the authors' code, followed here and everywhere, is
+    linear in the pair's index between those that turn beta_fast and beta_slow times in L tokens.
+    """
+
+    theta: float = 10_000.0
+    """Rotary base b."""
+    factor: float = field(kw_only=True)
+    """s: how many times the original context is wanted."""
+    original_context: int = field(kw_only=True)
+    """L: tokens per sequence the starting checkpoint was trained on."""
+    beta_fast: float = 32.0
+    """Pairs that turn more often than this in L tokens are kept as they are."""
+    beta_slow: float = 1.0
+    """Pairs that turn less often than this in L tokens are fully interpolated."""
+
+    @property
+    def attention_factor(self) -> float:
+        """√(1/t) = 0.1 ln s + 1 (eq. 22)."""
+        return 0.1 * log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+    def kept(self, head_dim: int) -> Float[Tensor, " freq"]:
+        """Share of each pair's frequency that is kept: 1 for the fastest, 0 for the slowest."""
+        low = max(floor(self._pair(self.beta_fast, head_dim)), 0)
+        high = min(ceil(self._pair(self.beta_slow, head_dim)), head_dim - 1)
+        pairs = torch.arange(head_dim // 2, dtype=torch.float32)
+        return 1 - ((pairs - low) / (high - low or 0.001)).clamp(0, 1)
+
+    def _pair(self, turns: float, head_dim: int) -> float:
+        """Index of the pair that turns so often in L tokens."""
+        return head_dim * log(self.original_context / (turns * 2 * pi)) / (2 * log(self.theta))
+
+    def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
+        """γ_i·θ_i + (1 − γ_i)·θ_i/s, with γ the share kept."""
+        base, kept = base_frequencies(self.theta, head_dim), self.kept(head_dim)
+        return base / self.factor * (1 - kept) + base * kept
+
+
+@dataclass(frozen=True)
+class Llama3(Rotary):
+    """Llama 3.1's scaling: a ramp in L/λ_i between kept and interpolated pairs (arXiv:2407.21783)."""
+
+    theta: float = 10_000.0
+    """Rotary base b; Llama 3: 5e5."""
+    factor: float = field(kw_only=True)
+    """s; Llama 3.1: 8, Llama 3.2: 32."""
+    low_freq_factor: float = 1.0
+    """Pairs with L/λ below this are interpolated."""
+    high_freq_factor: float = 4.0
+    """Pairs with L/λ above this are kept."""
+    original_context: int = field(kw_only=True)
+    """L; Llama 3: 8,192."""
+
+    attention_factor = 1.0
+
+    def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
+        """t_i·θ_i + (1 − t_i)·θ_i/s, with t the place of L/λ_i between the two factors."""
+        base = base_frequencies(self.theta, head_dim)
+        turns = self.original_context * base / (2 * pi)
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = kept.clamp(0, 1)
+        return (1 - kept) * base / self.factor + kept * base
+
+
+@dataclass(frozen=True)
+class LongRoPE(Rotary):
+    """A searched divisor for every pair (Ding et al. 2024, arXiv:2402.13753, eq. 3).
+
+    Documents of up to L tokens use `short_factor`, longer ones `long_factor`.
+    """
+
+    theta: float = 10_000.0
+    """Rotary base b."""
+    factor: float = field(kw_only=True)
+    """s: longest context over L; decides the attention factor."""
+    short_factor: Sequence[float] = field(kw_only=True)
+    """λ_i for documents of up to L tokens, one per pair."""
+    long_factor: Sequence[float] = field(kw_only=True)
+    """λ_i for longer documents, one per pair."""
+    original_context: int = field(kw_only=True)
+    """L: tokens per sequence the starting checkpoint was trained on."""
+    unscaled_tokens: int = 0
+    """n̂: that many first places of a document are not interpolated; Hugging Face has no such thing."""
+
+    depends_on_length = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "short_factor", tuple(self.short_factor))
+        object.__setattr__(self, "long_factor", tuple(self.long_factor))
+
+    @property
+    def attention_factor(self) -> float:
+        """√(1 + ln s / ln L) (eq. 5 of the published code's README)."""
+        return sqrt(1 + log(self.factor) / log(self.original_context)) if self.factor > 1 else 1.0
+
+    def _divided(self, factors: Sequence[float], head_dim: int) -> Float[Tensor, " freq"]:
+        if len(factors) != head_dim // 2:
+            raise ValueError(
+                f"LongRoPE needs {head_dim // 2} factors for head_dim {head_dim}, got {len(factors)}"
+            )
+        return base_frequencies(self.theta, head_dim) / torch.tensor(factors)
+
+    def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
+        """θ_i / λ_i; without a length, those of short documents."""
+        long = length is not None and length > self.original_context
+        return self._divided(self.long_factor if long else self.short_factor, head_dim)
+
+    def encode(
+        self,
+        position_ids: Num[Tensor, "batch seq"],
+        head_dim: int,
+        documents: Documents | None = None,
+    ) -> Float[Tensor, "batch seq code"]:
+        """Return [cos | sin]; documents choose between short and long factors, places by n̂."""
+        device = position_ids.device
+        long = (document_lengths(position_ids, documents) > self.original_context).unsqueeze(-1)
+        frequencies = torch.where(
+            long,
+            self._divided(self.long_factor, head_dim).to(device),
+            self._divided(self.short_factor, head_dim).to(device),
+        )
+        places = position_ids.unsqueeze(-1).float()
+        plain = base_frequencies(self.theta, head_dim).to(device)
+        frequencies = torch.where(places < self.unscaled_tokens, plain, frequencies)
+        return cos_sin(places * frequencies, self.attention_factor)
+
+
+class RotateAndScale(nn.Module):
+    """Rotate, then let q grow and k shrink with the place; no weights."""
+
+    def forward(
+        self,
+        q: Float[Tensor, "batch seq heads head_dim"],
+        k: Float[Tensor, "batch seq kv_heads head_dim"],
+        code: Float[Tensor, "batch seq code"],
+    ) -> tuple[
+        Float[Tensor, "batch seq heads head_dim"], Float[Tensor, "batch seq kv_heads head_dim"]
+    ]:
+        """`code` is [cos | sin | scale], each with a column per pair."""
+        cos, sin, scale = code.unsqueeze(2).chunk(3, dim=-1)
+        scale = torch.cat([scale, scale], dim=-1)
+        turned_q, turned_k = turn(q.float(), cos, sin), turn(k.float(), cos, sin)
+        return (turned_q * scale).to(q.dtype), (turned_k / scale).to(k.dtype)
+
+
+@dataclass(frozen=True)
+class XPos(Rotary):
+    """RoPE whose scores decay with distance (Sun et al. 2022, arXiv:2212.10554, §2.2).
+
+    q is scaled by ζ_i^((p−c)/B) and k by its inverse, ζ_i = (2i/d + 0.4)/1.4, so that a score depends on
+    p_q − p_k alone; c only keeps the scales small. Needs bfloat16 or float32 (float16 overflows).
+    """
+
+    theta: float = 10_000.0
+    """Rotary base b; xPos ABF (Xiong et al. 2023): 5e5."""
+    scale_base: float = 512.0
+    """B: the larger, the slower the decay."""
+    centre: int = 16_384
+    """c: place whose scale is 1, best half the context; queries and cached keys must share it."""
+
+    attention_factor = 1.0
+
+    def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
+        """θ_i, as RoPE."""
         return base_frequencies(self.theta, head_dim)
 
     def encode(
-        self, position_ids: Num[Tensor, "batch seq"], head_dim: int, documents: Documents | None = None
+        self,
+        position_ids: Num[Tensor, "batch seq"],
+        head_dim: int,
+        documents: Documents | None = None,
     ) -> Float[Tensor, "batch seq code"]:
-        """Return [cos | sin] of every pair's angle, float32."""
-        angles = position_ids.unsqueeze(-1).float() * self.frequencies(head_dim).to(position_ids.device)
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+        """Return [cos | sin | scale], float32; ValueError where a scale would leave float32."""
+        self._check(int(position_ids.max()))
+        places = position_ids.unsqueeze(-1)
+        zeta = (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim + 0.4) / 1.4
+        # the exponent is large far from the centre: float64 keeps the scale exact to float32
+        exponents = (places.double() - self.centre) / self.scale_base * zeta.log().to(places.device)
+        angles = places.float() * self.frequencies(head_dim).to(places.device)
+        return torch.cat([cos_sin(angles, 1.0), exponents.exp().float()], dim=-1)
+
+    def _check(self, last: int) -> None:
+        farthest = max(abs(last - self.centre), self.centre)
+        allowed = -log(torch.finfo(torch.float32).tiny) / log(1.4 / 0.4)  # of (p − c)/B, for ζ_0
+        if farthest > allowed * self.scale_base:
+            fitting = ceil(max(last + 1 - self.centre, self.centre) / allowed)
+            raise ValueError(
+                f"xPos scales leave float32 at place {last:,} with centre {self.centre:,}; "
+                f"set scale_base to {fitting} or more, or centre to half the context"
+            )
 
     def layer(self, num_heads: int, head_dim: int) -> nn.Module:
-        """Rotation needs no weights."""
-        return Rotate()
+        """Rotation and scaling need no weights."""
+        return RotateAndScale()

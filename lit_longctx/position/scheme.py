@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from lit_longctx.batch import Documents
@@ -15,16 +15,34 @@ class PositionScheme(ABC):
     meta-device initialisation, resharding and evaluation at any length need nothing from them.
     """
 
+    depends_on_length = False
+    """Whether the code of a place depends on how long its document is."""
+
     @abstractmethod
     def encode(
-        self, position_ids: Num[Tensor, "batch seq"], head_dim: int, documents: Documents | None = None
+        self,
+        position_ids: Num[Tensor, "batch seq"],
+        head_dim: int,
+        documents: Documents | None = None,
     ) -> Float[Tensor, "batch seq code"]:
         """Return what the layers need to know of each place, in float32.
 
-        Computed once per forward pass and shared by all layers. `documents` serves schemes that depend on
-        how long a token's document is.
+        Computed once per forward pass and shared by all layers. `documents` are those of the keys; they
+        serve schemes that depend on how long a token's document is.
         """
 
     @abstractmethod
     def layer(self, num_heads: int, head_dim: int) -> nn.Module:
-        """Return what each block applies: (q, k, code) -> (q, k); it holds weights only if the scheme learns."""
+        """Return what each block applies, (q, k, code) -> (q, k); holds weights only if it learns."""
+
+
+def document_lengths(
+    position_ids: Num[Tensor, "batch seq"], documents: Documents | None
+) -> Int[Tensor, "batch seq"]:
+    """Length of each token's document in tokens; without documents, each row is one."""
+    if documents is None:
+        return (position_ids.amax(dim=1, keepdim=True).long() + 1).expand(position_ids.shape)
+    if documents.ids.shape == position_ids.shape:
+        return documents.lengths()
+    # cached keys: one document per row, all of the planned length
+    return position_ids.new_full(position_ids.shape, documents.longest).long()

@@ -1,0 +1,39 @@
+# make quickstart | test | slow | check | clean — everything happens in .venv
+PYTHON ?= python3
+CONSTRAINTS ?= -c constraints.txt
+BIN = .venv/bin
+RUN = $(BIN)/lit_longctx
+
+.PHONY: quickstart test slow check venv clean
+
+# one install for everything: `make test` after `make quickstart` finds nothing left to do
+venv: .venv/installed
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), f'Python 3.11 or newer is needed, this is {sys.version}'"
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[hf,notebooks,dev]'
+	touch $@
+
+quickstart: venv
+	rm -rf data/stdlib runs/quickstart runs/quickstart_short exports/quickstart
+	$(RUN) prepare --config config/quickstart_prepare.yaml
+	$(RUN) fit --config config/quickstart_short.yaml
+	$(RUN) fit --config config/quickstart.yaml
+	$(RUN) evaluate --config config/quickstart_evaluate.yaml
+	$(RUN) export --checkpoint runs/quickstart --output exports/quickstart
+
+test: venv
+	$(BIN)/python -m pytest
+
+slow: venv
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1200
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+clean:
+	rm -rf .venv data runs exports

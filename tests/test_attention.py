@@ -1,0 +1,156 @@
+"""Every back end against softmax written out in float64."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lit_longctx.attention import SDPA, FlexAttention, attention_backend
+from lit_longctx.batch import documents_from_starts, one_document
+
+
+def by_hand(q, k, v, query_ids, key_ids, scale):
+    """Loop over rows and heads; float64; queries are the last places of each row."""
+    q, k, v = q.double(), k.double(), v.double()
+    batch, num_queries, heads, _ = q.shape
+    num_keys, kv_heads = k.shape[1:3]
+    out = torch.empty(batch, num_queries, heads, v.shape[-1], dtype=torch.float64)
+    past = num_keys - num_queries
+    for b in range(batch):
+        for h in range(heads):
+            g = h // (heads // kv_heads)
+            for i in range(num_queries):
+                seen = [j for j in range(past + i + 1) if key_ids[b, j] == query_ids[b, i]]
+                chances = (k[b, seen, g] @ q[b, i, h] * scale).softmax(0)
+                out[b, i, h] = chances @ v[b, seen, g]
+    return out
+
+
+def packed(rows, tokens, share=0.1, seed=0):
+    starts = torch.rand(rows, tokens, generator=torch.Generator().manual_seed(seed)) < share
+    starts[:, 0] = True
+    return documents_from_starts(starts)
+
+
+def heads(rows, tokens, number, dim):
+    return torch.randn(rows, tokens, number, dim)
+
+
+BACKENDS = {"sdpa": SDPA, "flex_attention": FlexAttention}
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("value_dim", [16, 8])
+def test_packed_rows(name, q_heads, kv_heads, value_dim):
+    documents = packed(2, 40)
+    q, k, v = heads(2, 40, q_heads, 16), heads(2, 40, kv_heads, 16), heads(2, 40, kv_heads, value_dim)
+    backend = attention_backend(name)
+    out = backend.attend(q, k, v, backend.prepare(documents, documents), 0.3)
+    expected = by_hand(q, k, v, documents.ids, documents.ids, 0.3)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_one_document_per_row(name):
+    documents = one_document(2, 24)
+    q, k, v = heads(2, 24, 4, 8), heads(2, 24, 2, 8), heads(2, 24, 2, 8)
+    backend = attention_backend(name)
+    out = backend.attend(q, k, v, backend.prepare(documents, documents), 0.5)
+    expected = by_hand(q, k, v, documents.ids, documents.ids, 0.5)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_more_keys_than_queries(name):
+    queries, keys = one_document(2, 5), one_document(2, 30)
+    q, k, v = heads(2, 5, 4, 8), heads(2, 30, 2, 8), heads(2, 30, 2, 8)
+    backend = attention_backend(name)
+    out = backend.attend(q, k, v, backend.prepare(queries, keys), 0.5)
+    expected = by_hand(q, k, v, queries.ids, keys.ids, 0.5)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("together", [1, 7, 64, 10_000])
+def test_how_short_documents_are_grouped_changes_nothing(together):
+    documents = packed(3, 50, share=0.2)
+    q, k, v = heads(3, 50, 4, 8), heads(3, 50, 2, 8), heads(3, 50, 2, 8)
+    backend = SDPA()
+    backend.together = together
+    out = backend.attend(q, k, v, backend.prepare(documents, documents), 0.5)
+    expected = by_hand(q, k, v, documents.ids, documents.ids, 0.5)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+
+
+def test_packing_costs_the_sum_of_squares_and_no_dense_mask():
+    """64 documents of 512: 1/64 of the products of one document of 32,768."""
+    tokens, documents = 32_768, 64
+    starts = torch.zeros(1, tokens, dtype=torch.bool)
+    starts[0, :: tokens // documents] = True
+    structure = documents_from_starts(starts)
+    backend = SDPA()
+    segments = backend.prepare(structure, structure)
+    assert all(mask is None for mask in segments.masks)
+    q = heads(1, tokens, 1, 8)
+    with FlopCounterMode(display=False) as counter:
+        backend.attend(q, q, q, segments, 1.0)
+    assert counter.get_total_flops() == 2 * 2 * documents * (tokens // documents) ** 2 * 8
+
+
+def test_masks_of_grouped_documents_stay_small():
+    documents = packed(1, 20_000, share=0.2)
+    segments = SDPA().prepare(documents, documents)
+    assert max(mask.shape[0] for mask in segments.masks if mask is not None) <= SDPA.together
+    assert sum(segments.sizes) == 20_000
+
+
+def test_gradients_flow_through_grouped_documents():
+    documents = packed(2, 30, share=0.3)
+    q, k, v = (heads(2, 30, 2, 8).requires_grad_() for _ in range(3))
+    backend = SDPA()
+    out = backend.attend(q, k, v, backend.prepare(documents, documents), 0.4)
+    upstream = torch.randn_like(out)
+    found = torch.autograd.grad(out, (q, k, v), upstream)
+    reference = by_hand(q, k, v, documents.ids, documents.ids, 0.4)
+    expected = torch.autograd.grad(reference, (q, k, v), upstream.double())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=5e-6, rtol=0)
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'eager' unknown; expected one of \['sdpa'"):
+        attention_backend("eager")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_missing_kernel_names_the_alternative():
+    with pytest.raises(ImportError, match=r"needs the flash-attn package.*or use 'sdpa'"):
+        attention_backend("flash_attention_2")
+    with pytest.raises(ValueError, match=r"runs on CUDA only; use 'sdpa'"):
+        attention_backend("varlen")
+
+
+def test_flex_says_that_it_cannot_train_on_the_cpu():
+    documents = one_document(1, 8)
+    q = heads(1, 8, 2, 8).requires_grad_()
+    backend = attention_backend("flex_attention")
+    with pytest.raises(ValueError, match="no backward pass on the CPU"):
+        backend.attend(q, q, q, backend.prepare(documents, documents), 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "varlen", "flex_attention"])
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(8, 8), (8, 2)])
+def test_kernels_on_cuda(name, q_heads, kv_heads):
+    documents = packed(2, 512, share=0.02)
+    q, k, v = heads(2, 512, q_heads, 64), heads(2, 512, kv_heads, 64), heads(2, 512, kv_heads, 64)
+    expected = by_hand(q, k, v, documents.ids, documents.ids, 0.125)
+    on_device = documents._replace(
+        ids=documents.ids.cuda(), boundaries=documents.boundaries.cuda()
+    )
+    try:
+        backend = attention_backend(name)
+    except ImportError as error:
+        pytest.skip(str(error))
+    q, k, v = (x.cuda().bfloat16() for x in (q, k, v))
+    out = backend.attend(q, k, v, backend.prepare(on_device, on_device), 0.125)
+    torch.testing.assert_close(out.double().cpu(), expected, atol=3e-2, rtol=0)

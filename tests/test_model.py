@@ -1,0 +1,148 @@
+"""The Llama against transformers, and against itself packed, cut and cached."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lit_longctx.batch import pack
+from lit_longctx.generate import reading
+from lit_longctx.model import Cache, Llama, LlamaConfig, initial_weight
+from lit_longctx.position import RoPE, TransformerXL
+
+transformers = pytest.importorskip("transformers")
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+KINDS = {
+    "mha": {},
+    "gqa": {"num_key_value_heads": 2},
+    "mqa": {"num_key_value_heads": 1},
+    "head_dim": {"head_dim": 20, "num_key_value_heads": 2},
+    "tied": {"tie_word_embeddings": True},
+    "bias": {"attention_bias": True},
+    "eps": {"rms_norm_eps": 1e-3},
+}
+
+
+def randomised(llama, std=0.15):
+    """Weights large enough that a mistake shows."""
+    for name, parameter in llama.named_parameters():
+        with torch.no_grad():
+            parameter.normal_(1.0 if "norm" in name else 0.0, std)
+    return llama
+
+
+def tiny(position=None, **kind):
+    return randomised(Llama(LlamaConfig(**SHAPE, **kind), position or RoPE(theta=500.0)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_transformers(kind):
+    ours = tiny(**KINDS[kind])
+    config = transformers.LlamaConfig(
+        **SHAPE, **KINDS[kind], rope_parameters={"rope_type": "default", "rope_theta": 500.0}
+    )
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    theirs.tie_weights()
+    ids = torch.randint(3, 97, (2, 40))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        found = ours.logits(reading(ids))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def windows(rows=2, tokens=60):
+    ids = torch.randint(3, 97, (rows, tokens + 1))
+    ids[:, 0] = 1
+    ids[0, 17] = ids[0, 18] = ids[0, 50] = ids[1, 33] = ids[1, 59] = 1
+    return ids
+
+
+@pytest.mark.parametrize("position", [RoPE(), TransformerXL()], ids=lambda p: type(p).__name__)
+def test_packed_equals_separate_documents(position):
+    llama = tiny(position, num_key_value_heads=2)
+    ids = windows()
+    packed = llama(pack(ids, bos=1))
+    for row in range(2):
+        starts = [i for i in range(60) if i == 0 or ids[row, i] == 1]
+        for begin, end in zip(starts, [*starts[1:], 60], strict=True):
+            document = ids[row : row + 1, begin : end + 1]
+            alone = llama(pack(document, bos=1))[0]
+            torch.testing.assert_close(packed[row, begin:end], alone, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+@pytest.mark.parametrize("position", [RoPE(), TransformerXL()], ids=lambda p: type(p).__name__)
+@torch.no_grad()
+def test_a_changed_token_moves_only_later_places_of_its_own_document(attention, position):
+    llama = randomised(Llama(LlamaConfig(**SHAPE), position, attention))
+    ids = windows()
+    before = llama.logits(pack(ids, bos=1))
+    ids[0, 25] = 96 if ids[0, 25] != 96 else 95  # inside the document 18 … 49
+    moved = (llama.logits(pack(ids, bos=1)) - before).abs().amax(-1)
+    assert (moved[0, :25] == 0).all()
+    assert (moved[1] == 0).all()
+    assert (moved[0, 25:50] > 0).all()
+    assert (moved[0, 50:] == 0).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_both_doors_equal_cross_entropy_on_the_logits(tied):
+    llama = tiny(tie_word_embeddings=tied)
+    batch = pack(windows(), bos=1)
+    batch = batch._replace(loss_weights=torch.rand(batch.labels.shape) * batch.loss_weights)
+    logits = llama.logits(batch).flatten(0, 1)
+    expected = F.cross_entropy(logits, batch.labels.flatten(), reduction="none").view(2, 60)
+    grads = torch.autograd.grad((expected * batch.loss_weights).sum(), list(llama.parameters()))
+    nats = llama(batch)
+    loss, detached = llama.loss(batch)
+    torch.testing.assert_close(nats, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(detached, expected, atol=1e-5, rtol=1e-5)
+    for total in ((nats * batch.loss_weights).sum(), loss):
+        found = torch.autograd.grad(total, list(llama.parameters()))
+        for a, b in zip(found, grads, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("position", [RoPE(), TransformerXL()], ids=lambda p: type(p).__name__)
+@torch.no_grad()
+def test_a_cache_changes_nothing(position):
+    llama = tiny(position, num_key_value_heads=2)
+    ids = torch.randint(3, 97, (2, 30))
+    whole = llama.logits(reading(ids))
+    cache = Cache(2)
+    parts = [llama.logits(reading(ids[:, :11]), cache)]
+    parts.append(llama.logits(reading(ids[:, 11:28], cache.length), cache))
+    parts += [llama.logits(reading(ids[:, i : i + 1], i), cache) for i in (28, 29)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=0)
+
+
+def test_a_cache_refuses_packed_rows():
+    with pytest.raises(ValueError, match="one document per row"):
+        tiny().logits(pack(windows(), bos=1), Cache(2))
+
+
+def test_a_shape_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="hidden_size 50 is no multiple of num_attention_heads 4"):
+        LlamaConfig(97, 50, 80, 2, 4)
+    with pytest.raises(ValueError, match="num_attention_heads 4 is no multiple of .* 3"):
+        LlamaConfig(97, 48, 80, 2, 4, 3)
+
+
+def test_random_weights_depend_on_name_and_seed_alone():
+    shape = torch.Size([64, 64])
+    a = initial_weight("model.layers.0.mlp.up_proj.weight", shape, 8, seed=0)
+    assert torch.equal(a, initial_weight("model.layers.0.mlp.up_proj.weight", shape, 8, seed=0))
+    assert not torch.equal(a, initial_weight("model.layers.1.mlp.up_proj.weight", shape, 8, seed=0))
+    assert not torch.equal(a, initial_weight("model.layers.0.mlp.up_proj.weight", shape, 8, seed=1))
+    down = initial_weight("model.layers.0.mlp.down_proj.weight", shape, 8, seed=0)
+    assert a.std() == pytest.approx(0.02, rel=0.05)
+    assert down.std() == pytest.approx(0.02 / 4, rel=0.05)
