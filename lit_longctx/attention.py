@@ -49,11 +49,12 @@ def attention_backend(name: str) -> AttentionBackend:
     return backends[name]()
 
 
-def visible(queries: Documents, keys: Documents) -> Bool[Tensor, "batch queries keys"]:
-    """Dense mask: same document, and not later than the query (queries are each row's last places)."""
-    same = queries.ids.unsqueeze(2) == keys.ids.unsqueeze(1)
-    num_queries, num_keys = same.shape[1:]
-    return same & same.new_ones(num_queries, num_keys).tril(num_keys - num_queries)
+def aligned(
+    num_queries: int, num_keys: int, device: torch.device
+) -> Bool[Tensor, "queries keys"]:
+    """Causal mask of one document whose queries are its last places."""
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return mask.tril(num_keys - num_queries)
 
 
 def widen(v: Values, width: int) -> Float[Tensor, "batch keys kv_heads width"]:
@@ -62,11 +63,14 @@ def widen(v: Values, width: int) -> Float[Tensor, "batch keys kv_heads width"]:
 
 
 class Segments(NamedTuple):
-    """Stretches of the flattened batch that attend within themselves."""
+    """Stretches of the flattened queries and keys that attend to each other, and to nothing else."""
 
-    sizes: list[int]
+    queries: list[int]
+    """Sizes of the queries' stretches."""
+    keys: list[int]
+    """Sizes of the keys' stretches."""
     masks: list[Tensor | None]
-    """Dense mask where a stretch holds several short documents, None where it holds one."""
+    """Dense mask of a stretch; None where it is one document, causal from its first place."""
 
 
 class SDPA(AttentionBackend):
@@ -79,30 +83,41 @@ class SDPA(AttentionBackend):
     together = 256
 
     def prepare(self, queries: Documents, keys: Documents) -> Tensor | Segments | None:
-        """Return None (plain causal rows), Segments (packed rows) or a dense mask (cached keys)."""
-        batch, seq = queries.ids.shape
-        if queries.ids.shape != keys.ids.shape:
-            return visible(queries, keys).unsqueeze(1)
-        if len(queries.boundaries) == batch + 1:
-            return None
-        return self._segments(queries, queries.boundaries.tolist())
+        """Return None (plain causal rows), Segments (packed rows) or one mask for all rows."""
+        batch, num_queries = queries.ids.shape
+        num_keys = keys.ids.shape[1]
+        device = queries.ids.device
+        if len(queries.boundaries) == len(keys.boundaries) == batch + 1:
+            return None if num_queries == num_keys else aligned(num_queries, num_keys, device)
+        segments = Segments([], [], [])
+        sizes = (documents.boundaries.diff().tolist() for documents in (queries, keys))
+        group: list[int] = []
+        for seen, (num_queries, num_keys) in enumerate(zip(*sizes, strict=True)):
+            alike = num_queries == num_keys
+            if group and not (alike and sum(group) + num_queries <= self.together):
+                self._close(segments, group, device)
+                group = []
+            if alike:
+                group.append(num_queries)
+            else:
+                segments.queries.append(num_queries)
+                segments.keys.append(num_keys)
+                segments.masks.append(aligned(num_queries, num_keys, device))
+        self._close(segments, group, device)
+        return segments
 
-    def _segments(self, documents: Documents, boundaries: list[int]) -> Segments:
-        sizes: list[int] = []
-        masks: list[Tensor | None] = []
-        flat = documents.boundaries.diff().long()
-        number = torch.arange(len(flat), device=flat.device).repeat_interleave(flat)
-        begin = first = 0
-        for i, end in enumerate(boundaries[1:]):
-            following = boundaries[i + 2] if i + 2 < len(boundaries) else None
-            if following is not None and following - begin <= self.together:
-                continue
-            sizes.append(end - begin)
-            alone = i == first
-            ids = number[begin:end]
-            masks.append(None if alone else (ids[:, None] == ids[None, :]).tril())
-            begin, first = end, i + 1
-        return Segments(sizes, masks)
+    def _close(self, segments: Segments, group: list[int], device: torch.device) -> None:
+        """Make one stretch of the documents of a group."""
+        if not group:
+            return
+        mask = None
+        if len(group) > 1:
+            sizes = torch.tensor(group, device=device)
+            ids = torch.arange(len(group), device=device).repeat_interleave(sizes)
+            mask = (ids[:, None] == ids[None, :]).tril()
+        segments.queries.append(sum(group))
+        segments.keys.append(sum(group))
+        segments.masks.append(mask)
 
     def attend(
         self, q: Heads, k: KVHeads, v: Values, mask: Any, scale: float
@@ -113,8 +128,13 @@ class SDPA(AttentionBackend):
         if not isinstance(mask, Segments):
             out = _sdpa(q, k, v, mask, scale)
         else:
-            parts = zip(*(x.flatten(0, 1).split(mask.sizes) for x in (q, k, v)), mask.masks, strict=True)
-            flat = [_sdpa(q[None], k[None], v[None], m, scale)[0] for q, k, v, m in parts]
+            sizes = (mask.queries, mask.keys, mask.keys)
+            parts = (x.flatten(0, 1).split(n) for x, n in zip((q, k, v), sizes, strict=True))
+            flat = [
+                _sdpa(q[None], k[None], v[None], m, scale)[0]
+                for q, k, v, m in zip(*parts, mask.masks, strict=True)
+                if len(q)
+            ]
             out = torch.cat(flat).view(q.shape)
         return out[..., :value_dim]
 

@@ -139,7 +139,7 @@ def fill(llama: Llama, folder: Path | None, seed: int = 0) -> list[str]:
     """Fill parameters, sharded or not, from a folder; return the names that it did not hold.
 
     Only weights of the position scheme may be missing (a RoPE checkpoint has none for Transformer-XL):
-    those, and everything when `folder` is None, start from `initial_weight`.
+    those, and everything when `folder` is None, start anew.
     """
     parameters = {plain(name): parameter for name, parameter in llama.named_parameters()}
     if folder is None:
@@ -152,7 +152,11 @@ def fill(llama: Llama, folder: Path | None, seed: int = 0) -> list[str]:
         missing = _fill_from_meta(parameters, folder, llama.config)
     for name in missing:
         shape = parameters[name].shape
-        _copy(parameters[name], initial_weight(name, shape, llama.config.num_hidden_layers, seed))
+        if SCHEME in name:
+            weight = llama.position.initial_weight(name.rsplit(".", 1)[1], shape)
+        else:
+            weight = initial_weight(name, shape, llama.config.num_hidden_layers, seed)
+        _copy(parameters[name], weight)
     return missing
 
 

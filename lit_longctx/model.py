@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_longctx.attention import AttentionBackend, AttnImplementation, attention_backend
 from lit_longctx.batch import Batch, Documents, one_document
 from lit_longctx.head import token_nats, weighted_loss
+from lit_longctx.memory import Memory
 from lit_longctx.position import PositionScheme
 
 
@@ -134,13 +135,18 @@ class Attention(nn.Module):
         code: Float[Tensor, "batch seq code"],
         mask: object,
         cache: LayerCache | None = None,
-    ) -> Float[Tensor, "batch seq width"]:
-        """Attend within documents; `code` and `mask` come from the scheme and the back end."""
+        past: int = 0,
+    ) -> Float[Tensor, "batch queries width"]:
+        """Attend within documents; `code` and `mask` come from the scheme and the back end.
+
+        The first `past` places of x are memory: keys and values, but no queries.
+        """
         q, k, v = (
             rearrange(projection(x), "batch seq (heads dim) -> batch seq heads dim", dim=self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = self.position(q, k, code)
+        q = q[:, past:]
         if cache is not None:
             k, v = cache.append(k, v)
         # the scale is the content head's, also where the scheme widens q and k
@@ -197,12 +203,15 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch seq width"],
-        code: Float[Tensor, "batch seq code"],
+        code: Float[Tensor, "batch places code"],
         mask: object,
         cache: LayerCache | None = None,
+        past: Float[Tensor, "batch past width"] | None = None,
     ) -> Float[Tensor, "batch seq width"]:
-        """One layer."""
-        x = x + self.self_attn(self.input_layernorm(x), code, mask, cache)
+        """One layer; `past` are its inputs of earlier windows, if it has a memory."""
+        seen = x if past is None else torch.cat([past, x], dim=1)
+        length = seen.shape[1] - x.shape[1]
+        x = x + self.self_attn(self.input_layernorm(seen), code, mask, cache, length)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -241,15 +250,28 @@ class Llama(nn.Module):
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
-    def hidden(self, batch: Batch, cache: Cache | None = None) -> Float[Tensor, "batch seq width"]:
-        """Final hidden states, after the last norm."""
-        keys = batch.documents if cache is None else _cached(batch.documents, cache.length)
-        final = keys if cache is None else self._planned(batch.documents, cache)
-        code = self.position.encode(batch.position_ids, self.config.head_width, final)
-        mask = self.backend.prepare(batch.documents, keys)
+    def hidden(
+        self, batch: Batch, cache: Cache | None = None, memory: Memory | None = None
+    ) -> Float[Tensor, "batch seq width"]:
+        """Final hidden states, after the last norm; takes from and adds to cache or memory."""
+        queries = keys = final = batch.documents
+        places = batch.position_ids
+        if cache is not None:
+            keys = _cached(batch.documents, cache.length)
+            final = self._planned(batch.documents, cache)
+        elif memory is not None:
+            queries, keys = memory.documents(batch)
+            places = memory.places(batch)
+        code = self.position.encode(places, self.config.head_width, final)
+        mask = self.backend.prepare(queries, keys)
         x = self.model.embed_tokens(batch.input_ids)
+        inputs = []
         for i, block in enumerate(self.model.layers):
-            x = block(x, code, mask, None if cache is None else cache.layers[i])
+            inputs.append(x)
+            past = memory.hidden[i] if memory and memory.hidden else None
+            x = block(x, code, mask, None if cache is None else cache.layers[i], past)
+        if memory is not None:
+            memory.advance(batch, inputs)
         return self.model.norm(x)
 
     def _planned(self, new: Documents, cache: Cache) -> Documents | None:
@@ -268,9 +290,11 @@ class Llama(nn.Module):
         hidden = self.hidden(batch).flatten(0, 1)
         return token_nats(hidden, self.head_weight, batch.labels.flatten()).view(batch.labels.shape)
 
-    def loss(self, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, "batch seq"]]:
+    def loss(
+        self, batch: Batch, memory: Memory | None = None
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch seq"]]:
         """(Σ loss_weights·nats with gradient, nats detached): the cheaper door, for training."""
-        hidden = self.hidden(batch).flatten(0, 1)
+        hidden = self.hidden(batch, memory=memory).flatten(0, 1)
         labels, weights = batch.labels.flatten(), batch.loss_weights.flatten()
         loss, nats = weighted_loss(hidden, self.head_weight, labels, weights)
         return loss, nats.view(batch.labels.shape)

@@ -100,7 +100,7 @@ def test_masks_of_grouped_documents_stay_small():
     documents = packed(1, 20_000, share=0.2)
     segments = SDPA().prepare(documents, documents)
     assert max(mask.shape[0] for mask in segments.masks if mask is not None) <= SDPA.together
-    assert sum(segments.sizes) == 20_000
+    assert sum(segments.queries) == sum(segments.keys) == 20_000
 
 
 def test_gradients_flow_through_grouped_documents():

@@ -174,8 +174,13 @@ def test_a_scheme_with_weights_starts_anew_from_a_rope_checkpoint(tmp_path):
     llama = load_pretrained(folder, TransformerXL())
     fresh = [n for n, _ in llama.named_parameters() if ".self_attn.position." in n]
     assert len(fresh) == 3 * 2
-    weight = llama.get_parameter("model.layers.0.self_attn.position.distance_weight")
-    assert 0.01 < weight.std() < 0.03
+    layer = llama.model.layers[0].self_attn.position
+    q = torch.zeros(1, 600, 4, 12)
+    wide_q, wide_k = layer(q, q[:, :, :2], llama.position.encode(torch.arange(600)[None], 12))
+    bias = (wide_q[0, 599, 0] * wide_k[0, :, 0]).sum(-1).flip(0) / 12**0.5  # by distance
+    frequencies = RoPE().frequencies(12).double()
+    expected = 12 * torch.outer(torch.arange(600), frequencies).cos().mean(-1)
+    torch.testing.assert_close(bias.double(), expected, atol=1e-4, rtol=0)
 
 
 def test_export_refuses_what_hugging_face_cannot_say(tmp_path):

@@ -1,5 +1,7 @@
 """The Llama against transformers, and against itself packed, cut and cached."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,18 @@ import torch.nn.functional as F
 from lit_longctx.batch import pack
 from lit_longctx.generate import reading
 from lit_longctx.model import Cache, Llama, LlamaConfig, initial_weight
-from lit_longctx.position import RoPE, TransformerXL
+from lit_longctx.position import (
+    DynamicNTK,
+    Llama3,
+    LongRoPE,
+    NTKAware,
+    PositionInterpolation,
+    PositionScheme,
+    RoPE,
+    TransformerXL,
+    XPos,
+    YaRN,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -59,6 +72,21 @@ def test_logits_equal_transformers(kind):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+FACTORS = {"short_factor": [1.0] * 6, "long_factor": [1.5 + i for i in range(6)]}
+SCHEMES = [
+    RoPE(),
+    PositionInterpolation(factor=4),
+    NTKAware(factor=4),
+    DynamicNTK(factor=2, original_context=10),
+    YaRN(factor=4, original_context=64),
+    Llama3(factor=4, original_context=64),
+    LongRoPE(factor=4, original_context=10, unscaled_tokens=2, **FACTORS),
+    XPos(),
+    TransformerXL(distance_dim=8),
+]
+every_scheme = pytest.mark.parametrize("position", SCHEMES, ids=lambda p: type(p).__name__)
+
+
 def windows(rows=2, tokens=60):
     ids = torch.randint(3, 97, (rows, tokens + 1))
     ids[:, 0] = 1
@@ -66,9 +94,12 @@ def windows(rows=2, tokens=60):
     return ids
 
 
-@pytest.mark.parametrize("position", [RoPE(), TransformerXL()], ids=lambda p: type(p).__name__)
-def test_packed_equals_separate_documents(position):
-    llama = tiny(position, num_key_value_heads=2)
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+@every_scheme
+@torch.no_grad()
+def test_packed_equals_separate_documents(position, attention):
+    config = LlamaConfig(**SHAPE, num_key_value_heads=2)
+    llama = randomised(Llama(config, position, attention))
     ids = windows()
     packed = llama(pack(ids, bos=1))
     for row in range(2):
@@ -80,7 +111,7 @@ def test_packed_equals_separate_documents(position):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
-@pytest.mark.parametrize("position", [RoPE(), TransformerXL()], ids=lambda p: type(p).__name__)
+@every_scheme
 @torch.no_grad()
 def test_a_changed_token_moves_only_later_places_of_its_own_document(attention, position):
     llama = randomised(Llama(LlamaConfig(**SHAPE), position, attention))
@@ -112,13 +143,13 @@ def test_both_doors_equal_cross_entropy_on_the_logits(tied):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("position", [RoPE(), TransformerXL()], ids=lambda p: type(p).__name__)
+@every_scheme
 @torch.no_grad()
 def test_a_cache_changes_nothing(position):
     llama = tiny(position, num_key_value_heads=2)
     ids = torch.randint(3, 97, (2, 30))
     whole = llama.logits(reading(ids))
-    cache = Cache(2)
+    cache = Cache(2, planned=30)
     parts = [llama.logits(reading(ids[:, :11]), cache)]
     parts.append(llama.logits(reading(ids[:, 11:28], cache.length), cache))
     parts += [llama.logits(reading(ids[:, i : i + 1], i), cache) for i in (28, 29)]
@@ -128,6 +159,54 @@ def test_a_cache_changes_nothing(position):
 def test_a_cache_refuses_packed_rows():
     with pytest.raises(ValueError, match="one document per row"):
         tiny().logits(pack(windows(), bos=1), Cache(2))
+
+
+@pytest.mark.parametrize("position", [SCHEMES[3], SCHEMES[6]], ids=lambda p: type(p).__name__)
+def test_a_cache_must_know_the_length_where_the_scheme_depends_on_it(position):
+    with pytest.raises(ValueError, match=r"planned=prompt \+ new tokens"):
+        tiny(position).logits(reading(torch.randint(3, 97, (1, 5))), Cache(2))
+
+
+def test_a_scheme_is_one_file():
+    """The README's three steps, for a toy: ALiBi's slopes are left out, a far key is just darker."""
+    llama = tiny(Fading(0.5))
+    ids = torch.randint(3, 97, (1, 12))
+    assert llama.logits(reading(ids)).isfinite().all()
+    layer = llama.position.layer(1, 4)
+    q = torch.zeros(1, 12, 1, 4)
+    wide_q, wide_k = layer(q, q, llama.position.encode(torch.arange(12)[None], 4))
+    scores = torch.einsum("bqhd,bkhd->qk", wide_q, wide_k)
+    places = torch.arange(12.0)
+    torch.testing.assert_close(scores, 0.5 * (places[None] - places[:, None]))
+    packed = pack(torch.tensor([[1, 5, 6, 1, 7, 8, 9]]), bos=1)
+    alone = pack(torch.tensor([[1, 7, 8, 9]]), bos=1)
+    torch.testing.assert_close(llama(packed)[0, 3:], llama(alone)[0])
+
+
+class Fade(torch.nn.Module):
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, q, k, code):
+        place = code.unsqueeze(2)
+        one = torch.ones_like(place)
+        wide_q = [q, (-self.slope * place).expand(*q.shape[:3], 1), one.expand(*q.shape[:3], 1)]
+        wide_k = [k, one.expand(*k.shape[:3], 1), (self.slope * place).expand(*k.shape[:3], 1)]
+        return torch.cat(wide_q, -1), torch.cat(wide_k, -1)
+
+
+@dataclass(frozen=True)
+class Fading(PositionScheme):
+    """Scores lose `slope` for every token of distance."""
+
+    slope: float
+
+    def encode(self, position_ids, head_dim, documents=None):
+        return position_ids.unsqueeze(-1).float()
+
+    def layer(self, num_heads, head_dim):
+        return Fade(self.slope)
 
 
 def test_a_shape_that_does_not_fit_is_refused():

@@ -347,7 +347,7 @@ class XPos(Rotary):
         documents: Documents | None = None,
     ) -> Float[Tensor, "batch seq code"]:
         """Return [cos | sin | scale], float32; ValueError where a scale would leave float32."""
-        self._check(int(position_ids.max()))
+        self._check(int(position_ids.min()), int(position_ids.max()))
         places = position_ids.unsqueeze(-1)
         zeta = (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim + 0.4) / 1.4
         # the exponent is large far from the centre: float64 keeps the scale exact to float32
@@ -355,11 +355,11 @@ class XPos(Rotary):
         angles = places.float() * self.frequencies(head_dim).to(places.device)
         return torch.cat([cos_sin(angles, 1.0), exponents.exp().float()], dim=-1)
 
-    def _check(self, last: int) -> None:
-        farthest = max(abs(last - self.centre), self.centre)
+    def _check(self, first: int, last: int) -> None:
         allowed = -log(torch.finfo(torch.float32).tiny) / log(1.4 / 0.4)  # of (p − c)/B, for ζ_0
+        farthest = max(last - self.centre, self.centre - min(first, 0))
         if farthest > allowed * self.scale_base:
-            fitting = ceil(max(last + 1 - self.centre, self.centre) / allowed)
+            fitting = ceil((farthest + 1) / allowed)
             raise ValueError(
                 f"xPos scales leave float32 at place {last:,} with centre {self.centre:,}; "
                 f"set scale_base to {fitting} or more, or centre to half the context"

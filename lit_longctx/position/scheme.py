@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
@@ -34,6 +35,10 @@ class PositionScheme(ABC):
     @abstractmethod
     def layer(self, num_heads: int, head_dim: int) -> nn.Module:
         """Return what each block applies, (q, k, code) -> (q, k); holds weights only if it learns."""
+
+    def initial_weight(self, name: str, shape: torch.Size) -> Tensor:
+        """Return the start of a weight of `layer`; schemes that learn nothing are never asked."""
+        raise NotImplementedError(f"{type(self).__name__} has no start for its weight {name}")
 
 
 def document_lengths(

@@ -11,6 +11,9 @@ from lit_longctx.batch import Documents
 from lit_longctx.position.rotary import base_frequencies
 from lit_longctx.position.scheme import PositionScheme
 
+LOCALITY = 12.0
+"""Nats by which a head starts out to prefer its own place to a far one; the best of 0 … 16 in a try."""
+
 
 class RelativeDistance(nn.Module):
     """Widen q and k so that their plain dot product is the score of Dai et al. 2019 (arXiv:1901.02860, §3.3).
@@ -26,10 +29,9 @@ class RelativeDistance(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, distance_dim: int) -> None:
         super().__init__()
-        self.content_bias = nn.Parameter(torch.zeros(num_heads, head_dim))  # u
-        self.position_bias = nn.Parameter(torch.zeros(num_heads, head_dim))  # v
+        self.content_bias = nn.Parameter(torch.empty(num_heads, head_dim))  # u
+        self.position_bias = nn.Parameter(torch.empty(num_heads, head_dim))  # v
         self.distance_weight = nn.Parameter(torch.empty(num_heads, head_dim, distance_dim))  # W_R
-        nn.init.normal_(self.distance_weight, std=0.02)
 
     def forward(
         self,
@@ -69,5 +71,22 @@ class TransformerXL(PositionScheme):
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
     def layer(self, num_heads: int, head_dim: int) -> nn.Module:
-        """Return u, v and W_R of one block."""
+        """Return u, v and W_R of one block; they hold no numbers yet."""
         return RelativeDistance(num_heads, head_dim, self.distance_dim or head_dim)
+
+    def initial_weight(self, name: str, shape: torch.Size) -> Tensor:
+        """Start from a bias towards near places that has the shape of RoPE's own decay.
+
+        u = 0, v = 1 and every row of W_R the same, so that the score begins as q·k + LOCALITY·mean_i cos(dω_i)
+        (after the softmax scale, in nats) plus a small part from q. Σ cos(dω_i) is how RoPE's score of
+        equal q and k falls with the distance d; without it, a RoPE checkpoint would lose all sense of
+        place. docs/log.md has the losses of both starts.
+        """
+        if name == "content_bias":
+            return torch.zeros(shape)
+        if name == "position_bias":
+            return torch.ones(shape)
+        _, head_dim, distance_dim = shape
+        weight = torch.zeros(shape)
+        weight[..., distance_dim // 2 :] = LOCALITY * head_dim**0.5 / (distance_dim // 2) / head_dim
+        return weight
