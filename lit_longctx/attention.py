@@ -1,8 +1,8 @@
 """Attention back ends: each sees the same documents and gives the same numbers.
 
-Names are Hugging Face's `attn_implementation`. Layout is batch, seq, heads, head_dim. A query attends to
-the keys of its own document up to its own place; where there are more keys than queries (a cache, a
-memory), the queries are the last ones of each row.
+Names are Hugging Face's `attn_implementation`. Layout is batch, seq, heads, head_dim. A query
+attends to the keys of its own document up to its own place; where there are more keys than queries
+(a cache, a memory), the queries are the last ones of each row.
 """
 
 from abc import ABC, abstractmethod
@@ -49,9 +49,7 @@ def attention_backend(name: str) -> AttentionBackend:
     return backends[name]()
 
 
-def aligned(
-    num_queries: int, num_keys: int, device: torch.device
-) -> Bool[Tensor, "queries keys"]:
+def aligned(num_queries: int, num_keys: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
     """Causal mask of one document whose queries are its last places."""
     mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
     return mask.tril(num_keys - num_queries)
@@ -63,7 +61,7 @@ def widen(v: Values, width: int) -> Float[Tensor, "batch keys kv_heads width"]:
 
 
 class Segments(NamedTuple):
-    """Stretches of the flattened queries and keys that attend to each other, and to nothing else."""
+    """Stretches of the flattened queries and keys that attend to each other and nothing else."""
 
     queries: list[int]
     """Sizes of the queries' stretches."""
@@ -76,8 +74,8 @@ class Segments(NamedTuple):
 class SDPA(AttentionBackend):
     """torch's scaled_dot_product_attention, called per document: costs Σ len², never (Σ len)².
 
-    Short documents share a call of at most `together` tokens with a dense mask, which is cheaper than a
-    call each.
+    Short documents share a call of at most `together` tokens with a dense mask, which is cheaper
+    than a call each.
     """
 
     together = 256
@@ -92,7 +90,7 @@ class SDPA(AttentionBackend):
         segments = Segments([], [], [])
         sizes = (documents.boundaries.diff().tolist() for documents in (queries, keys))
         group: list[int] = []
-        for seen, (num_queries, num_keys) in enumerate(zip(*sizes, strict=True)):
+        for num_queries, num_keys in zip(*sizes, strict=True):
             alike = num_queries == num_keys
             if group and not (alike and sum(group) + num_queries <= self.together):
                 self._close(segments, group, device)
@@ -215,13 +213,16 @@ class Varlen(AttentionBackend):
     def attend(
         self, q: Heads, k: KVHeads, v: Values, mask: Any, scale: float
     ) -> Float[Tensor, "batch queries heads value_dim"]:
-        """One kernel over all documents; KV heads are repeated, since torch 2.11 lacks grouped heads."""
+        """One kernel over all documents; KV heads are repeated: torch 2.11 lacks grouped heads."""
         queries, keys = mask
         value_dim = v.shape[-1]
         repeats = q.shape[2] // k.shape[2]
         k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, widen(v, q.shape[-1])))
+        flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
         out = self.kernel(
-            *(x.flatten(0, 1) for x in (q, k, v)),
+            flat_q,
+            flat_k,
+            flat_v,
             queries.boundaries,
             keys.boundaries,
             queries.longest,
@@ -233,7 +234,7 @@ class Varlen(AttentionBackend):
 
 
 class FlexAttention(AttentionBackend):
-    """torch's flex_attention, compiled on CUDA; on the CPU eager and forward only (a torch limit)."""
+    """torch's flex_attention, compiled on CUDA; on the CPU forward only (a limit of torch)."""
 
     def __init__(self) -> None:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -263,6 +264,10 @@ class FlexAttention(AttentionBackend):
         value_dim = v.shape[-1]
         q, k, v = (x.transpose(1, 2) for x in (q, k, widen(v, q.shape[-1])))
         if not q.is_cuda and torch.is_grad_enabled() and q.requires_grad:
-            raise ValueError("flex_attention has no backward pass on the CPU; train with 'sdpa' here")
-        out = self.kernel(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+            raise ValueError(
+                "flex_attention has no backward pass on the CPU; train with 'sdpa' here"
+            )
+        out = self.kernel(
+            q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
         return out.transpose(1, 2)[..., :value_dim]

@@ -16,7 +16,7 @@ class Documents(NamedTuple):
     ids: Int[Tensor, "batch seq"]
     """Number of the document within its row, counted from 0."""
     boundaries: Int[Tensor, " offsets"]
-    """First token of each document, then the end, over the flattened batch: flash's `cu_seqlens`, int32."""
+    """First token of each document, then the end, in the flattened batch (`cu_seqlens`), int32."""
     longest: int
     """Tokens of the longest document; on the host, so that no kernel launch has to wait for it."""
 
@@ -53,6 +53,8 @@ class Step(NamedTuple):
     micro_batches: list[Batch]
     next_sample: int
     """Global number of the first sample that this step, over all ranks, leaves unread."""
+    restart: bool = False
+    """Whether rows do not follow those of the last step, so that a memory of them is void."""
 
 
 def documents_from_starts(starts: Bool[Tensor, "batch seq"]) -> Documents:
@@ -66,7 +68,9 @@ def documents_from_starts(starts: Bool[Tensor, "batch seq"]) -> Documents:
 def one_document(batch: int, seq: int, device: torch.device | None = None) -> Documents:
     """Documents of a batch in which every row is a single document of `seq` tokens."""
     ids = torch.zeros(batch, seq, dtype=torch.long, device=device)
-    return Documents(ids, torch.arange(0, batch * seq + 1, seq, dtype=torch.int32, device=device), seq)
+    return Documents(
+        ids, torch.arange(0, batch * seq + 1, seq, dtype=torch.int32, device=device), seq
+    )
 
 
 def pack(
@@ -79,8 +83,9 @@ def pack(
     """Turn windows of seq + 1 tokens into a batch of seq inputs and their targets.
 
     Documents begin wherever `bos` stands, or where `starts` is True (fragments of best-fit packing
-    have no BOS). The beginning of a window begins a document too: the fragment it opens with cannot see
-    what was cut off before it. The first token of a document is never a target. Negative ids are
+    have no BOS). The beginning of a window begins a document too: the fragment it opens with
+    cannot see what was cut off before it. The first token of a document is never a target.
+    Negative ids are
     padding: a document of its own, without targets.
 
         tokens     B a b E B c d | e        (window of seq + 1 = 8; the last token is a target only)

@@ -1,7 +1,7 @@
 """Model folders: Hugging Face folder ↔ Llama, our own run folders, Meta's checkpoints.
 
-Weights are read slice by slice from safetensors or from a distributed checkpoint into parameters that may
-be sharded already; nothing here unpickles a file that did not come from one of our runs.
+Weights are read slice by slice from safetensors or from a distributed checkpoint into parameters
+that may be sharded already; nothing here unpickles a file that did not come from one of our runs.
 """
 
 import importlib
@@ -24,7 +24,12 @@ from lit_longctx.position import PositionScheme
 
 MODEL = "model.json"
 """File in a run's checkpoint that describes the model: config, position scheme, trained context."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+)
 SHARD_BYTES = 5 * 2**30
 """Bytes of weights per exported file, as Hugging Face cuts them."""
 
@@ -44,7 +49,9 @@ def resolve(folder: str | Path) -> Path:
         return newest_whole(path / "checkpoints")
     if not path.exists():
         raise ValueError(f"checkpoint {path} does not exist; expected a Hugging Face or run folder")
-    raise ValueError(f"{path} holds neither config.json nor checkpoints; expected a Hugging Face or run folder")
+    raise ValueError(
+        f"{path} holds neither config.json nor checkpoints; expected a Hugging Face or run folder"
+    )
 
 
 def newest_whole(folder: Path) -> Path:
@@ -102,7 +109,7 @@ def trained_context(folder: str | Path) -> int:
 
 
 def tokenizer_folder(folder: str | Path) -> Path | None:
-    """Folder that holds a checkpoint's tokenizer, if it has one: itself, or its run's `tokenizer`."""
+    """Folder that holds a checkpoint's tokenizer, if any: itself, or its run's `tokenizer`."""
     path = resolve(folder)
     candidates = (path, path / "tokenizer", path.parent.parent / "tokenizer")
     return next((c for c in candidates if (c / "tokenizer.json").is_file()), None)
@@ -119,12 +126,14 @@ def load_pretrained(
     """Load a Hugging Face Llama folder or one of our runs, in float32.
 
     Args:
-        folder: config.json with one or several safetensors files, a run folder, or one of its checkpoints.
+        folder: config.json with one or several safetensors files, a run folder, or one of its
+            checkpoints.
         position: The scheme to use; default: the one the folder describes.
         attn_implementation: Attention back end.
 
     Raises:
-        ValueError: what is missing, torn, of another shape or beyond what this model can represent, by name.
+        ValueError: what is missing, torn, of another shape or beyond what this model can
+            represent, by name.
     """
     path = resolve(folder)
     config, own = read_model(path)
@@ -138,10 +147,10 @@ def load_pretrained(
 def fill(llama: Llama, folder: Path | None, seed: int = 0) -> list[str]:
     """Fill parameters, sharded or not, from a folder; return the names that it did not hold.
 
-    Only weights of the position scheme may be missing (a RoPE checkpoint has none for Transformer-XL):
-    those, and everything when `folder` is None, start anew.
+    Only weights of the position scheme may be missing (a RoPE checkpoint has none for
+    Transformer-XL): those, and everything when `folder` is None, start anew.
     """
-    parameters = {plain(name): parameter for name, parameter in llama.named_parameters()}
+    parameters: dict[str, Tensor] = {plain(name): p for name, p in llama.named_parameters()}
     if folder is None:
         missing = list(parameters)
     elif (folder / MODEL).is_file():
@@ -212,9 +221,7 @@ def _fill_from_safetensors(
     return missing
 
 
-def _fill_from_meta(
-    parameters: dict[str, Tensor], folder: Path, config: LlamaConfig
-) -> list[str]:
+def _fill_from_meta(parameters: dict[str, Tensor], folder: Path, config: LlamaConfig) -> list[str]:
     """Join and permute Meta's parts; every rank reads all of them, memory-mapped."""
     stored = meta.read_weights(folder, config)
     shapes = {name: list(weight.shape) for name, weight in stored.items()}
@@ -253,7 +260,11 @@ def _fill_from_run(parameters: dict[str, Tensor], folder: Path, config: LlamaCon
     storage = dcp.FileSystemReader(folder)
     metadata = storage.read_metadata().state_dict_metadata
     prefix = "state_dict.llama."
-    shapes = {k.removeprefix(prefix): list(v.size) for k, v in metadata.items() if k.startswith(prefix)}  # pyright: ignore
+    shapes = {
+        name.removeprefix(prefix): list(getattr(entry, "size", []))
+        for name, entry in metadata.items()
+        if name.startswith(prefix)
+    }
     missing = _compare(parameters, shapes, folder, config)
     held = {f"llama.{name}": p.detach() for name, p in parameters.items() if name not in missing}
     dcp.load(
@@ -325,7 +336,9 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if hasattr(tokenizer, "save"):
         tokenizer.save(folder)
         return
-    found = [Path(tokenizer) / name for name in TOKENIZER_FILES if (Path(tokenizer) / name).is_file()]
+    found = [
+        Path(tokenizer) / name for name in TOKENIZER_FILES if (Path(tokenizer) / name).is_file()
+    ]
     if not found:
         raise ValueError(f"{tokenizer} holds none of {', '.join(TOKENIZER_FILES)}")
     for file in found:

@@ -1,6 +1,8 @@
-"""`lit_longctx VERB …`: fit, validate and test through LightningCLI; the other verbs are functions."""
+"""`lit_longctx VERB …`: fit, validate and test through LightningCLI; other verbs are functions."""
 
+import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +11,7 @@ VERBS = {
     "validate": "held-out loss of a checkpoint, by position and source",
     "test": "the same as validate, under its own name in the log",
     "prepare": "documents → token chunks, a manifest and a token ledger",
-    "evaluate": "what the longer context is worth: tables and figures for one or several checkpoints",
+    "evaluate": "what the longer context is worth: tables and figures for checkpoints",
     "export": "a run's newest checkpoint → Hugging Face folder",
     "generate": "continue a prompt",
     "synthesize": "make long fine-tuning data (not yet)",
@@ -26,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(usage())
         return 0
+    if not debug:
+        # of other libraries: what concerns the user is an error here
+        warnings.filterwarnings("ignore", module=r"(?!lit_longctx)")
     try:
         run(given[0], given[1:])
     except KeyboardInterrupt:
@@ -81,7 +86,7 @@ def call(function: Callable[..., Any], verb: str, rest: list[str]) -> None:
     parser = ArgumentParser(prog=f"lit_longctx {verb}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with these options")
     parser.add_function_arguments(function, fail_untyped=False)
-    options = parser.instantiate_classes(parser.parse_args(rest))
+    options = parser.instantiate(parser.parse_args(rest))
     del options["config"]
     function(**options)
 
@@ -92,15 +97,30 @@ def complain(message: str) -> int:
     return 1
 
 
+TRACEBACK = re.compile(r"^\s*(?:\w+\.)*\w+(?:Error|Exception): ", re.MULTILINE)
+"""What stands before the message at the end of a traceback."""
+NOISE = re.compile(
+    r"Does not validate against any of|Subtypes: |Errors:$|Given value|"
+    r"Expected a <class 'NoneType'>$|Expected a path but "
+)
+"""Lines of jsonargparse's nested errors that tell the user nothing."""
+PLAINER = (
+    (re.compile(r"Parser key \"([^\"]*)\": ?"), r"\1: "),
+    (re.compile(r"Problem with given class_path '(?:\w+\.)*(\w+)': ?"), r"\1: "),
+    (re.compile(r"Expected a dot import path string: ?"), "no class named "),
+)
+
+
 def one_line(error: BaseException) -> str:
-    """Return an error's message on one line; of jsonargparse's nested ones the part that says what to do."""
-    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
-    telling = ("is not accepted", "Expected a dot import path", "is required", "Problem with given")
-    for words in telling:
-        found = [line for line in lines if words in line]
-        if found and len(lines) > 1:
-            return f"{lines[0]} {found[-1]}".replace("Expected a dot import path string:", "no class named")
-    text = " ".join(lines) or type(error).__name__
+    """Return an error's message on one line; of nested ones only what says what is wrong."""
+    message = str(error)
+    if "Traceback (most recent call last)" in message:  # from a loader process or another rank
+        message = TRACEBACK.split(message)[-1]
+    lines = [line.strip(" -") for line in message.splitlines()]
+    text = " ".join(line for line in lines if line and not NOISE.match(line))
+    for pattern, plain in PLAINER:
+        text = pattern.sub(plain, text)
+    text = text.strip() or type(error).__name__
     return text if len(text) < 500 else text[:497] + "…"
 
 

@@ -8,8 +8,8 @@ import torch
 from lit_longctx.attention import attention_backend
 
 PACKAGES = (
-    "lit_longctx torch torchvision lightning litdata torchmetrics jsonargparse tokenizers safetensors "
-    "transformers flash-attn"
+    "lit_longctx torch torchvision lightning litdata torchmetrics jsonargparse tokenizers "
+    "safetensors transformers flash-attn"
 )
 
 

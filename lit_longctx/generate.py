@@ -35,7 +35,7 @@ def generate(
     eos: int | None = None,
     seed: int = 0,
 ) -> Int[Tensor, "batch total"]:
-    """Continue prompts of equal length; temperature 0 is greedy; stops when every row has met `eos`.
+    """Continue prompts of equal length; temperature 0 is greedy; stops once all rows met `eos`.
 
     Returns:
         Prompt and continuation; a row goes on with `eos` after it has met it.

@@ -1,6 +1,7 @@
 """The LM head in chunks: nats per token, never all logits at once.
 
-131,072 tokens × 128,256 words would be 67 GB of float32 logits; here a chunk of rows exists at a time.
+131,072 tokens × 128,256 words would be 67 GB of float32 logits; here a chunk of rows exists at a
+time.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_longctx.batch import NO_TARGET
 
 LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**27}
-"""Logits that exist at the same time: 32 MiB in float32, a processor's cache, or 512 MiB on a GPU."""
+"""Logits that exist at a time: 32 MiB in float32, a processor's cache, or 512 MiB on a GPU."""
 
 
 def rows_at_once(weight: Float[Tensor, "vocab width"]) -> int:
@@ -29,7 +30,8 @@ def token_nats(
 ) -> Float[Tensor, " tokens"]:
     """−ln p(label) of each token, 0 where there is no target; recomputes the logits in backward.
 
-    Can be weighted in any way afterwards. Costs one more product with the vocabulary than `weighted_loss`.
+    Can be weighted in any way afterwards. Costs one more product with the vocabulary than
+    `weighted_loss`.
     """
     rows = (labels != NO_TARGET).nonzero().flatten()
     chunks = rows.split(rows_at_once(weight))
@@ -56,10 +58,12 @@ def weighted_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " tokens"]]:
     """Return (Σ w·nats with gradient, nats detached); gradients are taken during the forward pass.
 
-    The weights are given, so nothing has to be recomputed: three products with the vocabulary in all.
+    The weights are given, so nothing has to be recomputed: three products with the vocabulary in
+    all.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss, nats = _WeightedLoss.apply(hidden, weight, labels, loss_weights, needs_grad)  # pyright: ignore
+    inputs = (hidden, weight, labels, loss_weights, needs_grad)
+    loss, nats = _WeightedLoss.apply(*inputs)  # pyright: ignore[reportGeneralTypeIssues]
     return loss, nats
 
 

@@ -1,4 +1,4 @@
-"""config.json ↔ LlamaConfig and position scheme: what Hugging Face can say of a Llama, and what not."""
+"""config.json ↔ LlamaConfig and position scheme: what Hugging Face can say of a Llama."""
 
 import json
 from dataclasses import asdict, fields
@@ -18,6 +18,7 @@ from lit_longctx.position import (
     PositionInterpolation,
     PositionScheme,
     RoPE,
+    Rotary,
     YaRN,
 )
 
@@ -40,7 +41,9 @@ def read_config(folder: Path) -> tuple[LlamaConfig, PositionScheme]:
     known = {f.name for f in fields(LlamaConfig)}
     given = {k: v for k, v in config.items() if k in known and v is not None}
     for key in ("bos_token_id", "eos_token_id"):
-        if isinstance(given.get(key), list):  # Llama 3.1 lists several ends; the first is the text's
+        if isinstance(
+            given.get(key), list
+        ):  # Llama 3.1 lists several ends; the first is the text's
             given[key] = given[key][0]
     try:
         return LlamaConfig(**given), read_position(config)
@@ -102,8 +105,13 @@ def _scheme(kind: str, rope: dict[str, Any], theta: float, context: int) -> Posi
     if kind == "llama3":
         bounds = {name: float(rope.pop(name)) for name in ("low_freq_factor", "high_freq_factor")}
         return Llama3(theta, factor=factor, original_context=original, **bounds)
-    lists = {name: tuple(rope.pop(name)) for name in ("short_factor", "long_factor")}
-    return LongRoPE(theta, factor=factor, original_context=original, **lists)
+    return LongRoPE(
+        theta,
+        factor=factor,
+        short_factor=rope.pop("short_factor"),
+        long_factor=rope.pop("long_factor"),
+        original_context=original,
+    )
 
 
 # ---- out
@@ -182,22 +190,22 @@ def rope_of(position: PositionScheme, head_dim: int) -> tuple[float, dict[str, A
                 f"Hugging Face's Llama cannot represent {type(position).__name__}; "
                 f"train with a scheme that it has, or {advice}"
             )
-    return float(getattr(position, "theta")), rope  # noqa: B009 - the abstract scheme has none
+    return float(position.theta), rope
 
 
 def compare_with_transformers(folder: Path, llama: Llama) -> None:
-    """Reload a folder in transformers, if installed: same frequencies and attention factor, or ValueError."""
+    """Reload a folder in transformers, if installed; ValueError if it reads other positions."""
     if not find_spec("transformers"):
         return
-    from transformers import AutoConfig
+    from transformers import LlamaConfig as TheirConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    theirs = LlamaRotaryEmbedding(config)
-    assert hasattr(llama.position, "frequencies")
+    config = TheirConfig.from_pretrained(folder, local_files_only=True)
+    theirs = LlamaRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]
+    assert isinstance(llama.position, Rotary)
     ours = llama.position.frequencies(llama.config.head_width)
     found = theirs.inv_freq.float()
-    scale, own_scale = theirs.attention_scaling, llama.position.attention_factor  # pyright: ignore
+    scale, own_scale = theirs.attention_scaling, llama.position.attention_factor
     if not torch.allclose(found, ours, rtol=1e-6, atol=0) or not isclose(scale, own_scale):
         raise ValueError(
             f"transformers reads other positions from the exported folder than {llama.position}; "

@@ -1,7 +1,8 @@
 """Folders that are whole or not there: hashed, renamed into place, verified before use.
 
-No format underneath (litdata chunks, distributed checkpoints, safetensors) carries a checksum: of 200
-random bit flips, 194 to 200 load silently. Here every file's SHA-256 stands in `manifest.json`.
+No format underneath (litdata chunks, distributed checkpoints, safetensors) carries a checksum: of
+200 random bit flips, 194 to 200 load silently. Here every file's SHA-256 stands in `manifest.json`,
+and last in it its own.
 """
 
 import hashlib
@@ -55,7 +56,12 @@ def seal(folder: Path, hashes: dict[str, str], **content: Any) -> None:
     """Write the manifest last: only a folder that has one is finished."""
     sizes = {name: (folder / name).stat().st_size for name in hashes}
     files = {name: {"bytes": sizes[name], "sha256": hashes[name]} for name in sorted(hashes)}
-    write_text(folder / NAME, json.dumps({**content, "files": files}, indent=1) + "\n")
+    write_text(folder / NAME, _signed({**content, "files": files}))
+
+
+def _signed(content: dict[str, Any]) -> str:
+    own = hashlib.sha256(json.dumps(content, indent=1).encode()).hexdigest()
+    return json.dumps({**content, "sha256": own}, indent=1) + "\n"
 
 
 def hash_files(folder: Path) -> dict[str, str]:
@@ -92,12 +98,19 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 def read(folder: Path) -> dict[str, Any]:
     """Return a folder's manifest; ValueError if there is none or it is torn."""
+    torn = ValueError(f"{folder / NAME} is torn; make the folder anew")
     try:
-        return json.loads((folder / NAME).read_text())
+        text = (folder / NAME).read_bytes()
+        content = json.loads(text)
     except FileNotFoundError:
         raise ValueError(f"{folder} is not finished: it has no {NAME}") from None
-    except json.JSONDecodeError:
-        raise ValueError(f"{folder / NAME} is torn; make the folder anew") from None
+    except ValueError:
+        raise torn from None
+    if not isinstance(content, dict) or not content.pop("sha256", None):
+        raise torn
+    if _signed(content).encode() != text:
+        raise torn
+    return content
 
 
 def check_file(folder: Path, name: str, expected: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Segment recurrence: what a window remembers of the windows before it (Dai et al. 2019, §3.2).
 
-Each block keeps its detached inputs of the last windows; the next window's keys and values are computed from
-them again, by today's weights, as far as they belong to the document that goes on.
+Each block keeps its detached inputs of the last windows; the next window's keys and values are
+computed from them again, by today's weights, as far as they belong to the document that goes on.
 """
 
 import torch
@@ -31,8 +31,8 @@ class Memory:
     def documents(self, batch: Batch) -> tuple[Documents, Documents]:
         """Return queries and keys of a window with its memory in front.
 
-        Both have the same segments: in each row first what is hidden (no queries), then the open document
-        with its remembered places, then the other documents.
+        Both have the same segments: in each row first what is hidden (no queries), then the open
+        document with its remembered places, then the other documents.
         """
         now = batch.documents
         if self.visible is None:

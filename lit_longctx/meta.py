@@ -1,7 +1,7 @@
-"""Meta's own checkpoints (params.json, consolidated.NN.pth) → our names, config and position scheme.
+"""Meta's own checkpoints (params.json, consolidated.NN.pth) → our names and config.
 
-Their rotary pairs are neighbours (2i, 2i + 1); ours, like Hugging Face's, are halves (i, i + d/2). The rows of
-wq and wk are permuted once, on the way in.
+Their rotary pairs are neighbours (2i, 2i + 1); ours, like Hugging Face's, are halves (i, i + d/2).
+The rows of wq and wk are permuted once, on the way in.
 """
 
 import json
@@ -44,7 +44,7 @@ def parts(folder: Path) -> list[dict[str, Tensor]]:
 
 
 def read_params(folder: Path) -> tuple[LlamaConfig, PositionScheme]:
-    """Return config and scheme that params.json describes; widths it leaves open come from the weights."""
+    """Return config and scheme of params.json; widths it leaves open come from the weights."""
     params = json.loads((folder / PARAMS).read_text())
     weights = parts(folder)
     hidden = sum(p["layers.0.feed_forward.w1.weight"].shape[0] for p in weights)
@@ -81,7 +81,7 @@ def vocabulary(weights: list[dict[str, Tensor]], width: int) -> int:
 
 
 def read_weights(folder: Path, config: LlamaConfig) -> dict[str, Tensor]:
-    """Join the parts, rename, and permute wq and wk; ValueError names a weight that is not known."""
+    """Join the parts, rename, permute wq and wk; ValueError names a weight that is not known."""
     weights = parts(folder)
     found: dict[str, Tensor] = {}
     for name in weights[0]:
@@ -118,4 +118,3 @@ def _renamed(name: str, folder: Path) -> str:
 def halves(weight: Tensor, heads: int) -> Tensor:
     """Rows of each head from neighbouring pairs to half-split ones."""
     return rearrange(weight, "(head pair two) width -> (head two pair) width", head=heads, two=2)
-

@@ -1,7 +1,7 @@
 """Llama from scratch (Touvron et al. 2023, arXiv:2307.09288), with the position scheme left open.
 
-Modules carry Hugging Face's names, so a safetensors folder loads with no renaming table. Nothing here knows
-of Lightning, data or sharding: those are done to it from outside.
+Modules carry Hugging Face's names, so a safetensors folder loads with no renaming table. Nothing
+here knows of Lightning, data or sharding: those are done to it from outside.
 """
 
 import zlib
@@ -60,8 +60,8 @@ class LlamaConfig:
         if self.head_dim is None:
             if self.hidden_size % heads:
                 raise ValueError(
-                    f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}; "
-                    "give head_dim"
+                    f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
+                    f"{heads}; give head_dim"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
         if heads % self.kv_heads:
@@ -87,7 +87,8 @@ class Cache:
 
     Args:
         num_layers: Blocks of the model.
-        planned: Tokens the document will have in the end, prompt and continuation; schemes that depend
+        planned: Tokens the document will have in the end, prompt and continuation; schemes that
+            depend
             on the document's length need it, since keys in the cache cannot be turned again.
     """
 
@@ -142,7 +143,9 @@ class Attention(nn.Module):
         The first `past` places of x are memory: keys and values, but no queries.
         """
         q, k, v = (
-            rearrange(projection(x), "batch seq (heads dim) -> batch seq heads dim", dim=self.head_dim)
+            rearrange(
+                projection(x), "batch seq (heads dim) -> batch seq heads dim", dim=self.head_dim
+            )
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = self.position(q, k, code)
@@ -157,8 +160,9 @@ class Attention(nn.Module):
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Call a function but keep only its inputs for backward, which computes the rest again.
 
-    For elementwise work before a product: it costs little time and most of a block's memory. The product
-    itself is not repeated, since recomputation stops at the last tensor that backward needs.
+    For elementwise work before a product: it costs little time and most of a block's memory. The
+    product itself is not repeated, since recomputation stops at the last tensor that backward
+    needs.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
@@ -166,7 +170,7 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467); keeps only its input for backward."""
+    """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467); keeps only its input."""
 
     def forward(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seq width"]:
         """On CUDA torch's kernel is fused and keeps no more either."""
@@ -280,13 +284,13 @@ class Llama(nn.Module):
             return None
         if cache.planned is None:
             raise ValueError(
-                f"{type(self.position).__name__} depends on the document's length, which a cache must "
-                "know beforehand: Cache(num_layers, planned=prompt + new tokens)"
+                f"{type(self.position).__name__} depends on the document's length, which a cache "
+                "must know beforehand: Cache(num_layers, planned=prompt + new tokens)"
             )
         return one_document(len(new.ids), cache.planned, new.ids.device)
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch seq"]:
-        """Nats of each target, float32, 0 where there is none; differentiable, recomputes the head."""
+        """Nats of each target, float32, 0 where there is none; backward recomputes the head."""
         hidden = self.hidden(batch).flatten(0, 1)
         return token_nats(hidden, self.head_weight, batch.labels.flatten()).view(batch.labels.shape)
 
@@ -300,7 +304,7 @@ class Llama(nn.Module):
         return loss, nats.view(batch.labels.shape)
 
     def logits(self, batch: Batch, cache: Cache | None = None) -> Float[Tensor, "batch seq vocab"]:
-        """All logits, for decoding and comparison; with a cache, `batch` holds the new tokens only."""
+        """All logits, to decode and compare; with a cache, `batch` holds the new tokens only."""
         return self.hidden(batch, cache) @ self.head_weight.T
 
 

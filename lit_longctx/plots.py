@@ -1,6 +1,8 @@
 """Figures that notebooks, the command line, reports and the logger share; each returns a Figure."""
 
 from collections.abc import Sequence
+from itertools import pairwise
+from math import pi
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,14 +27,79 @@ def loss_by_position(
         trained: Context of the first checkpoint, drawn as a vertical line.
     """
     figure, axes = _axes()
-    middles = [(max(low, 1) * high) ** 0.5 for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    middles = [(max(low, 1) * high) ** 0.5 for low, high in pairwise(edges)]
     for name, values in curves.items():
         axes.plot(middles, values, marker="o", label=name)
     if trained:
-        axes.axvline(trained, color="grey", linestyle="--", linewidth=1, label=f"{trained:,} tokens")
+        axes.axvline(
+            trained, color="grey", linestyle="--", linewidth=1, label=f"{trained:,} tokens"
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(edges[1:]), [f"{edge:,}" for edge in edges[1:]])
     axes.set_xlabel("tokens of the document before")
     axes.set_ylabel("held-out loss (nats per token)")
     axes.legend(frameon=False)
+    return figure
+
+
+def frequencies(curves: dict[str, Sequence[float]], trained: int | None = None) -> Figure:
+    """Draw every pair's wavelength, 2π over its frequency, one line per position scheme.
+
+    Args:
+        curves: Radians per token of each pair, by name.
+        trained: Context of the first checkpoint; pairs above that line never turned once in it.
+    """
+    figure, axes = _axes(width=9.0)
+    for name, values in curves.items():
+        axes.plot([2 * pi / value for value in values], label=name)
+    if trained:
+        axes.axhline(
+            trained, color="grey", linestyle="--", linewidth=1, label=f"{trained:,} tokens"
+        )
+    axes.set_yscale("log")
+    axes.set_xlabel("pair of features")
+    axes.set_ylabel("wavelength (tokens per turn)")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def stretch(curves: dict[str, Sequence[float]]) -> Figure:
+    """Draw how many times slower than RoPE each pair turns, one line per position scheme.
+
+    Args:
+        curves: RoPE's frequency over the scheme's, for each pair, by name.
+    """
+    figure, axes = _axes(width=9.0)
+    for name, values in curves.items():
+        axes.plot(values, label=name)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}×")
+    axes.set_xlabel("pair of features")
+    axes.set_ylabel("stretch (RoPE's frequency over the scheme's)")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def score_by_distance(
+    distances: Sequence[int], curves: dict[str, Sequence[float]], trained: int | None = None
+) -> Figure:
+    """Draw attention scores against the distance of query and key, a panel per position scheme.
+
+    Args:
+        distances: Tokens between query and key.
+        curves: Score at each distance, by name.
+        trained: Context of the first checkpoint, drawn as a vertical line.
+    """
+    figure = Figure(figsize=(7.0, 1.4 * len(curves) + 0.6), layout="constrained")
+    panels = figure.subplots(len(curves), sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, (name, values) in zip(panels, curves.items(), strict=True):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.plot(distances, values, linewidth=0.5)
+        axes.set_title(name, loc="left", fontsize="medium")
+        if trained:
+            axes.axvline(trained, color="grey", linestyle="--", linewidth=1)
+    panels[-1].xaxis.set_major_formatter("{x:,.0f}")
+    panels[-1].set_xlabel("tokens between query and key")
+    figure.supylabel("score, as a share of its value at distance 0")
     return figure

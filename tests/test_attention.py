@@ -43,7 +43,11 @@ BACKENDS = {"sdpa": SDPA, "flex_attention": FlexAttention}
 @pytest.mark.parametrize("value_dim", [16, 8])
 def test_packed_rows(name, q_heads, kv_heads, value_dim):
     documents = packed(2, 40)
-    q, k, v = heads(2, 40, q_heads, 16), heads(2, 40, kv_heads, 16), heads(2, 40, kv_heads, value_dim)
+    q, k, v = (
+        heads(2, 40, q_heads, 16),
+        heads(2, 40, kv_heads, 16),
+        heads(2, 40, kv_heads, value_dim),
+    )
     backend = attention_backend(name)
     out = backend.attend(q, k, v, backend.prepare(documents, documents), 0.3)
     expected = by_hand(q, k, v, documents.ids, documents.ids, 0.3)
@@ -144,9 +148,7 @@ def test_kernels_on_cuda(name, q_heads, kv_heads):
     documents = packed(2, 512, share=0.02)
     q, k, v = heads(2, 512, q_heads, 64), heads(2, 512, kv_heads, 64), heads(2, 512, kv_heads, 64)
     expected = by_hand(q, k, v, documents.ids, documents.ids, 0.125)
-    on_device = documents._replace(
-        ids=documents.ids.cuda(), boundaries=documents.boundaries.cuda()
-    )
+    on_device = documents._replace(ids=documents.ids.cuda(), boundaries=documents.boundaries.cuda())
     try:
         backend = attention_backend(name)
     except ImportError as error:

@@ -65,7 +65,9 @@ def test_round_trip(tmp_path, kind, sharded, monkeypatch):
     assert again.position == llama.position
     assert again.config.max_position_embeddings == 8192
     assert trained_context(tmp_path / "out") == 8192
-    for (name, a), (_, b) in zip(llama.state_dict().items(), again.state_dict().items(), strict=True):
+    for (name, a), (_, b) in zip(
+        llama.state_dict().items(), again.state_dict().items(), strict=True
+    ):
         assert torch.equal(a, b), name
 
 
@@ -146,12 +148,12 @@ def test_torn_and_missing_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=f"{shard.name} is torn or no safetensors file"):
         load_pretrained(folder)
     shard.unlink()
-    with pytest.raises(ValueError, match=f"{shard.name}, named by .* is missing"):
+    with pytest.raises(ValueError, match=rf"{shard.name}, named by .* is missing"):
         load_pretrained(folder)
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     (folder / "pytorch_model.bin").write_bytes(b"not ours to unpickle")
-    with pytest.raises(ValueError, match="holds no model.safetensors"):
+    with pytest.raises(ValueError, match=r"holds no model.safetensors"):
         load_pretrained(folder)
     with pytest.raises(ValueError, match="does not exist"):
         load_pretrained(tmp_path / "nowhere")
@@ -194,6 +196,6 @@ def test_export_never_overwrites_and_leaves_nothing_half_done(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="exists already"):
         export_pretrained(tiny(), tmp_path / "out")
-    with pytest.raises(ValueError, match="holds none of tokenizer.json"):
+    with pytest.raises(ValueError, match=r"holds none of tokenizer.json"):
         export_pretrained(tiny(), tmp_path / "new", tokenizer=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

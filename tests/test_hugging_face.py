@@ -89,9 +89,7 @@ def tokens(length):
 @torch.no_grad()
 def test_round_trip(tmp_path, rope, kind, monkeypatch):
     head_dim = KINDS[kind].get("head_dim", 16)
-    config = transformers.LlamaConfig(
-        **SHAPE, **KINDS[kind], rope_parameters=ropes(head_dim)[rope]
-    )
+    config = transformers.LlamaConfig(**SHAPE, **KINDS[kind], rope_parameters=ropes(head_dim)[rope])
     theirs = transformers.LlamaForCausalLM(config)
     for name, parameter in theirs.named_parameters():
         parameter.normal_(1.0 if "norm" in name else 0.0, 0.1)

@@ -1,4 +1,4 @@
-"""With a memory that reaches far enough, windows give what one forward pass over everything gives."""
+"""With a memory that reaches far enough, windows give what one pass over everything gives."""
 
 from dataclasses import replace
 

@@ -98,7 +98,7 @@ def test_scaled_rope_is_llama_3_1(tmp_path):
 
 def test_what_is_wrong_is_named(tmp_path):
     write(tmp_path, {**weights(), "layers.0.attention.wz.weight": torch.zeros(2, 2)}, 1, 0)
-    with pytest.raises(ValueError, match="holds layers.0.attention.wz.weight"):
+    with pytest.raises(ValueError, match=r"holds layers.0.attention.wz.weight"):
         load_pretrained(tmp_path)
     (tmp_path / "consolidated.00.pth").unlink()
     with pytest.raises(ValueError, match=r"no consolidated\.\*\.pth"):

@@ -168,7 +168,7 @@ def test_a_cache_must_know_the_length_where_the_scheme_depends_on_it(position):
 
 
 def test_a_scheme_is_one_file():
-    """The README's three steps, for a toy: ALiBi's slopes are left out, a far key is just darker."""
+    """The README's three steps, for a toy: the farther a key, the darker."""
     llama = tiny(Fading(0.5))
     ids = torch.randint(3, 97, (1, 12))
     assert llama.logits(reading(ids)).isfinite().all()
@@ -212,7 +212,7 @@ class Fading(PositionScheme):
 def test_a_shape_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="hidden_size 50 is no multiple of num_attention_heads 4"):
         LlamaConfig(97, 50, 80, 2, 4)
-    with pytest.raises(ValueError, match="num_attention_heads 4 is no multiple of .* 3"):
+    with pytest.raises(ValueError, match=r"num_attention_heads 4 is no multiple of .* 3"):
         LlamaConfig(97, 48, 80, 2, 4, 3)
 
 

@@ -1,0 +1,1 @@
+"""Documents → batches: reading, tokenising, storing, ordering."""

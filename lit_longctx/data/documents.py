@@ -1,23 +1,37 @@
 """Files → documents: jsonl (.gz, .zst), parquet, text folders, source trees.
 
-What cannot be read is skipped, counted by kind and shown in the report; too much of it stops the run.
+What cannot be read is skipped, counted by kind and shown in the report; too much of it stops the
+run.
 """
 
-import gzip
 import json
 import sysconfig
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
 from glob import glob
-from io import BufferedReader
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import zstandard
+from lit_longctx.data.archives import ARCHIVE_ERRORS, open_packed
+from lit_longctx.data.faults import Faults
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst"}
-CODE_SUFFIXES = set(".c .cc .cpp .cs .go .h .hpp .java .js .jl .kt .lua .php .py .rb .rs .scala .sh .sql .ts".split())
+SCRIPT_SUFFIXES = {".jl", ".js", ".lua", ".php", ".py", ".rb", ".sh", ".sql", ".ts"}
+COMPILED_SUFFIXES = {
+    ".c",
+    ".cc",
+    ".cpp",
+    ".cs",
+    ".go",
+    ".h",
+    ".hpp",
+    ".java",
+    ".kt",
+    ".rs",
+    ".scala",
+}
+CODE_SUFFIXES = SCRIPT_SUFFIXES | COMPILED_SUFFIXES
 LINE_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 
 
@@ -26,35 +40,6 @@ class Document(NamedTuple):
 
     text: str
     id: str
-
-
-@dataclass
-class Faults:
-    """What could not be read: counted by kind, with the first of each kind kept for the report."""
-
-    tolerated: float = 0.01
-    """Largest share of broken documents; above it the run stops."""
-    read: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-
-    def add(self, kind: str, where: str) -> None:
-        """Count one broken document."""
-        self.kinds[kind] += 1
-        self.examples.setdefault(kind, where)
-        if self.read + self.kinds.total() >= 1000:
-            self.check()
-
-    def check(self) -> None:
-        """Raise ValueError if more than the tolerated share was broken."""
-        broken = self.kinds.total()
-        seen = self.read + broken
-        if broken > self.tolerated * seen:
-            kind, count = self.kinds.most_common(1)[0]
-            raise ValueError(
-                f"{broken} of {seen} documents are broken (tolerated: {self.tolerated:.1%}), most often "
-                f"{kind} ({count}, first at {self.examples[kind]}); mend the input or raise --tolerated"
-            )
 
 
 @dataclass(frozen=True)
@@ -72,20 +57,31 @@ class Reader:
         """Yield the documents of all inputs, in a fixed order."""
         for name in inputs:
             for document in self._input(name, faults):
-                if not document.text.strip():
-                    faults.add("empty text", document.id)
-                elif "\0" in document.text:
-                    faults.add("NUL in text", document.id)
+                if fault := self._fault(document.text):
+                    faults.add(fault, document.id)
                 else:
                     faults.read += 1
                     yield document
 
+    def _fault(self, text: str) -> str | None:
+        """Return what makes a text unfit, if anything does."""
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:
+            return "lone surrogate"
+        if size > self.largest:
+            return "too large"
+        if "\0" in text:
+            return "NUL in text"
+        return None if text.strip() else "empty text"
+
     def _input(self, name: str, faults: Faults) -> Iterator[Document]:
         if name == "stdlib":
             root = Path(sysconfig.get_path("stdlib"))
-            yield from source_tree(root, faults, leave_out=STDLIB_LEAVES_OUT, suffixes={".py"})
+            yield from source_tree(root, faults, STDLIB_LEAVES_OUT, {".py"}, self.largest)
         elif name.startswith("code:"):
-            yield from source_tree(existing(name.removeprefix("code:")), faults)
+            root = existing_folder(name.removeprefix("code:"))
+            yield from source_tree(root, faults, largest=self.largest)
         else:
             for path in matching(name):
                 yield from self._file(path, faults)
@@ -108,24 +104,28 @@ class Reader:
             if len(content) > self.largest:
                 faults.add("too large", str(path))
                 return
-            yield Document(content.decode(), str(path))
+            yield Document(content.decode("utf-8-sig"), str(path))
         except UnicodeDecodeError:
             faults.add("bad UTF-8", str(path))
         except ARCHIVE_ERRORS:
             faults.add("broken archive", str(path))
 
     def _lines(self, path: Path, faults: Faults) -> Iterator[Document]:
-        number = 0
+        number = rows = 0
         try:
             with open_packed(path) as file:
                 while line := file.readline(self.largest + 1):
                     number += 1
                     where = f"{path}:{number}"
                     if len(line) > self.largest:
+                        rows += 1
                         faults.add("too large", where)
-                        _skip_line(file)
+                        _skip_rest(line, file)
                     elif line.strip():
+                        rows += 1
                         yield from self._row(line, where, faults)
+            if not rows:
+                faults.add("empty file", str(path))
         except ARCHIVE_ERRORS:
             faults.add("broken archive", f"{path}:{number + 1}")
 
@@ -144,10 +144,9 @@ class Reader:
             faults.add(f"no field {self.text_field!r}", where)
         elif not isinstance(row[self.text_field], str):
             faults.add(f"{self.text_field!r} is no string", where)
-        elif _has_surrogates(row[self.text_field]):
-            faults.add("lone surrogate", where)
         else:
-            yield Document(row[self.text_field], str(row.get(self.id_field) or where))
+            name = row.get(self.id_field)
+            yield Document(row[self.text_field], where if name in (None, "") else str(name))
 
     def _parquet(self, path: Path, faults: Faults) -> Iterator[Document]:
         import pyarrow as pa
@@ -158,27 +157,36 @@ class Reader:
             present = [f for f in (self.text_field, self.id_field) if f in file.schema_arrow.names]
             number = 0
             for rows in file.iter_batches(batch_size=64, columns=present):
-                for row in rows.to_pylist():
+                for at in range(rows.num_rows):
                     number += 1
-                    yield from self._document(row, f"{path}:{number}", faults)
-        except (pa.ArrowException, OSError, UnicodeDecodeError):
+                    yield from self._cells(rows.slice(at, 1), f"{path}:{number}", faults)
+            if not number:
+                faults.add("empty file", str(path))
+        except (pa.ArrowException, OSError):
             faults.add("broken parquet", str(path))
 
+    def _cells(self, row: Any, where: str, faults: Faults) -> Iterator[Document]:
+        try:
+            cells = row.to_pylist()[0]
+        except UnicodeDecodeError:  # parquet does not check its strings
+            faults.add("bad UTF-8", where)
+        else:
+            yield from self._document(cells, where, faults)
 
-ARCHIVE_ERRORS = (OSError, EOFError, zstandard.ZstdError, gzip.zlib.error)  # pyright: ignore
+
 STDLIB_LEAVES_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
-def existing(name: str) -> Path:
-    """Return a path that exists; ValueError else."""
+def existing_folder(name: str) -> Path:
+    """Return a folder that exists; ValueError else."""
     path = Path(name)
-    if not path.exists():
-        raise ValueError(f"input {name} does not exist")
+    if not path.is_dir():
+        raise ValueError(f"input code:{name} is no folder")
     return path
 
 
 def matching(name: str) -> list[Path]:
-    """Return the files a name stands for: itself, those below a folder, or those of a glob; sorted."""
+    """Return the files a name stands for, sorted: itself, those below a folder or of a glob."""
     path = Path(name)
     if path.is_dir():
         kinds = TEXT_SUFFIXES | LINE_SUFFIXES | {".parquet", ".gz", ".zst"}
@@ -188,45 +196,28 @@ def matching(name: str) -> list[Path]:
     else:
         found = [Path(p) for p in glob(name, recursive=True) if Path(p).is_file()]
     if not found:
-        raise ValueError(f"input {name} matches no file; expected a file, a folder, a glob, code:DIR or stdlib")
+        expected = "a file, a folder, a glob, code:DIR or stdlib"
+        raise ValueError(f"input {name} matches no file; expected {expected}")
     return sorted(found)
 
 
-def open_packed(path: Path) -> BufferedReader:
-    """Open a file for reading bytes, unpacking .gz and .zst on the way."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # pyright: ignore
-    if path.suffix == ".zst":
-        stream = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(
-            open(path, "rb"), read_across_frames=True, closefd=True
-        )
-        return BufferedReader(stream, 2**20)  # pyright: ignore
-    return open(path, "rb")
-
-
-def _skip_line(file: BufferedReader) -> None:
-    while (piece := file.readline(2**20)) and not piece.endswith(b"\n"):
-        pass
-
-
-def _has_surrogates(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+def _skip_rest(line: bytes, file: BufferedIOBase) -> None:
+    while line and not line.endswith(b"\n"):
+        line = file.readline(2**20)
 
 
 def source_tree(
     root: Path,
     faults: Faults,
-    leave_out: set[str] = frozenset({"__pycache__"}),  # pyright: ignore
-    suffixes: set[str] = CODE_SUFFIXES,
+    leave_out: Set[str] = frozenset({"__pycache__"}),
+    suffixes: Set[str] = CODE_SUFFIXES,
+    largest: int = 2**28,
 ) -> Iterator[Document]:
     """Yield one document per package (a folder directly below `root`) and one per single module.
 
-    A package's files stand in one document in order of their paths, each under a line with its path, as
-    ProLong joins a repository's files (Gao et al. 2024, arXiv:2410.02660).
+    A package's files stand in one document in order of their paths, each under a line with its
+    path, as ProLong joins a repository's files (Gao et al. 2024, arXiv:2410.02660). Files of more
+    than `largest` bytes are left out.
     """
     for entry in sorted(root.iterdir()):
         if entry.name in leave_out or entry.name.startswith("."):
@@ -236,15 +227,17 @@ def source_tree(
         for file in files:
             below = file.relative_to(root)
             if file.is_file() and file.suffix in suffixes and not leave_out & set(below.parts):
-                text = _source(file, faults)
+                text = _source(file, largest, faults)
                 parts += [f"# {below.as_posix()}\n{text}"] if text else []
         if parts:
             yield Document("\n".join(parts), entry.relative_to(root).as_posix())
 
 
-def _source(file: Path, faults: Faults) -> str:
+def _source(file: Path, largest: int, faults: Faults) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        if file.stat().st_size <= largest:
+            return file.read_text(encoding="utf-8-sig")
+        faults.add("too large", str(file))
     except UnicodeDecodeError:
         faults.add("bad UTF-8", str(file))
     except OSError as error:

@@ -1,13 +1,13 @@
 """Which window is the n-th sample of a run: a pure function of seed, sources and n.
 
-Nothing here has a state, so a resume is exact on any number of processes, workers and micro-batches, and
-costs no time however far the run has come.
+Nothing here has a state, so a resume is exact on any number of processes, workers and
+micro-batches, and costs no time however far the run has come.
 """
 
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from math import floor
+from math import floor, inf
 
 import numpy as np
 
@@ -17,6 +17,8 @@ PERIOD = 10_000
 
 def whole_shares(weights: Sequence[float]) -> list[int]:
     """Smallest whole numbers in the proportion of the weights, their sum at most PERIOD."""
+    if not all(0 < weight < inf for weight in weights):
+        raise ValueError(f"every weight must be above 0; got {list(weights)}")
     total = sum(Fraction(str(weight)) for weight in weights)
     exact = [Fraction(str(weight)) / total * PERIOD for weight in weights]
     shares = [max(1, floor(share)) for share in exact]
@@ -42,7 +44,9 @@ def quota_schedule(shares: Sequence[int]) -> list[int]:
     for n in range(1, period + 1):
         due = [n * share - count * period for share, count in zip(shares, counts, strict=True)]
         ready = [i for i in range(number) if due[i] * slack >= period]
-        chosen = min(ready, key=lambda i: Fraction(period * (slack - 1) - due[i] * slack, shares[i]))
+        chosen = min(
+            ready, key=lambda i: Fraction(period * (slack - 1) - due[i] * slack, shares[i])
+        )
         counts[chosen] += 1
         schedule.append(chosen)
     return schedule
@@ -53,10 +57,11 @@ class Order:
 
     Args:
         windows: Windows that each source holds.
-        weights: Share of samples that each source gets, in any unit; default: its share of the windows.
+        weights: Share of samples that each source gets, in any unit; default: its share of the
+            windows.
         seed: Decides every shuffle.
-        group: Windows of each source that are shuffled together; a group is read through before the next
-            begins, so that streaming stays sequential. Default: all of them.
+        group: Windows of each source that are shuffled together; a group is read through before
+            the next begins, so that streaming stays sequential. Default: all of them.
 
     A source that ends begins its next epoch in another order.
     """
@@ -89,7 +94,7 @@ class Order:
         return source, self._shuffled(source, epoch, place)
 
     def _shuffled(self, source: int, epoch: int, place: int) -> int:
-        """Window at a place of an epoch: groups in random order, windows random within their group."""
+        """Window at a place of an epoch: groups in random order, windows random within theirs."""
         size = self.group[source]
         groups, rest = divmod(self.windows[source], size)
         order = _permutation(self.seed, source, epoch, -1, groups + bool(rest))

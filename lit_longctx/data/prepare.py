@@ -1,8 +1,8 @@
 """`lit_longctx prepare`: documents → litdata chunks, a manifest and a token ledger.
 
-Tokens stand flat, BOS before and EOS after every document, cut into chunks of whole blocks, so that any
-window length that is a multiple of the block can be served and no chunk loses its tail. The last block is
-filled up with BOS, which is never a target. The folder appears whole or not at all.
+Tokens stand flat, BOS before and EOS after every document, cut into chunks of whole blocks, so that
+any window length that is a multiple of the block can be served and no chunk loses its tail. The
+last block is filled up with BOS, which is never a target. The folder appears whole or not at all.
 """
 
 import hashlib
@@ -117,8 +117,8 @@ def prepare(
     """Tokenise documents into OUTPUT/train and OUTPUT/held_out.
 
     Args:
-        input: Files, folders or globs (jsonl, parquet, text; .gz and .zst too), `code:DIR` for a source tree
-            with one document per package, or `stdlib` for Python's own sources.
+        input: Files, folders or globs (jsonl, parquet, text; .gz and .zst too), `code:DIR` for a
+            source tree with one document per package, or `stdlib` for Python's own sources.
         output: Folder to make; must not exist.
         tokenizer: `bytes`, a tokenizer.json or a folder that holds one.
         source: Name of the source in reports; default: the output folder's name.
@@ -187,25 +187,32 @@ def batched(documents: Iterable[Document], characters: int = 2**22) -> Iterator[
 
 def share_of(name: str) -> float:
     """Number in [0, 1) that depends on the name alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def progress(documents: Iterable[Document], every: float = 2.0) -> Iterator[Document]:
     """Print how far the reading got, every few seconds."""
-    count = characters = 0
+    characters = 0
     begin = last = time.monotonic()
-    for document in documents:
+    for count, document in enumerate(documents, 1):
         yield document
-        count += 1
         characters += len(document.text)
         if (now := time.monotonic()) - last > every:
             last = now
-            rate = characters / (now - begin) / 1e6
-            print(f"prepare: {count:,} documents, {characters / 1e6:,.1f} M characters, {rate:.1f} M/s")
+            read = characters / 1e6
+            print(
+                f"prepare: {count:,} documents, {read:,.1f} M characters, "
+                f"{read / (now - begin):.1f} M/s"
+            )
 
 
 def describe(
-    writers: dict[str, SplitWriter], tokenizer: Tokenizer, source: str, chunk_tokens: int, faults: Faults
+    writers: dict[str, SplitWriter],
+    tokenizer: Tokenizer,
+    source: str,
+    chunk_tokens: int,
+    faults: Faults,
 ) -> dict[str, Any]:
     """Return the manifest's content: tokenizer, ledger and lengths of each split, faults."""
     splits = {}
@@ -218,7 +225,9 @@ def describe(
             "boundary_tokens": ledger.boundary_tokens,
             "padding": ledger.padding,
             "chunks": writer.chunks,
-            "lengths": [[e, ledger.lengths[e], ledger.length_tokens[e]] for e in sorted(ledger.lengths)],
+            "lengths": [
+                [e, ledger.lengths[e], ledger.length_tokens[e]] for e in sorted(ledger.lengths)
+            ],
         }
     return {
         "format": 1,

@@ -6,6 +6,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -27,7 +28,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Token ids of each text, without BOS and EOS; special tokens in the text are plain text."""
+        """Ids of each text, without BOS and EOS; special tokens in the text are plain text."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -44,7 +45,7 @@ class Tokenizer(ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """One token per UTF-8 byte, then BOS 256 and EOS 257; needs no file and knows every language."""
+    """One token per UTF-8 byte, then BOS 256 and EOS 257; needs no file, knows every language."""
 
     vocab_size = 258
     bos = 256
@@ -60,14 +61,16 @@ class ByteTokenizer(Tokenizer):
 
     def save(self, folder: str | Path) -> None:
         """Write the same mapping as a byte-level BPE without merges, with ids equal to bytes."""
-        save_json(self._as_bpe(), "<bos>", "<eos>", Path(folder))
+        self._as_bpe().save(str(Path(folder) / "tokenizer.json"))
+        save_config(Path(folder), {}, "<bos>", "<eos>")
 
     def _as_bpe(self) -> tokenizers.Tokenizer:
-        vocab = {letter: byte for byte, letter in enumerate(_byte_letters())}
-        bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        bpe = tokenizers.Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
         bpe.decoder = decoders.ByteLevel()  # pyright: ignore
-        bpe.add_special_tokens([AddedToken("<bos>", special=True), AddedToken("<eos>", special=True)])
+        bpe.add_special_tokens(
+            [AddedToken("<bos>", special=True), AddedToken("<eos>", special=True)]
+        )
         return bpe
 
     @property
@@ -76,15 +79,15 @@ class ByteTokenizer(Tokenizer):
         return "bytes-258"
 
 
-def _byte_letters() -> list[str]:
-    """The printable letter by which byte-level BPE writes each byte (GPT-2's table)."""
+def _byte_vocabulary() -> dict[str, int]:
+    """The printable letter by which byte-level BPE writes each byte (GPT-2's table) → the byte."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+    return {chr(b if b in printable else next(others)): b for b in range(256)}
 
 
 class JsonTokenizer(Tokenizer):
-    """Any Hugging Face tokenizer.json, BOS and EOS from `bos`/`eos` or from tokenizer_config.json."""
+    """Any Hugging Face tokenizer.json; BOS and EOS from `bos`, `eos` or tokenizer_config.json."""
 
     def __init__(self, file: str | Path, bos: str | None = None, eos: str | None = None) -> None:
         self.file = Path(file)
@@ -100,13 +103,15 @@ class JsonTokenizer(Tokenizer):
         self.bos_token, self.bos = self._special("bos", bos)
         self.eos_token, self.eos = self._special("eos", eos)
 
+    def _config(self) -> dict[str, Any]:
+        return read_config(self.file.with_name("tokenizer_config.json"))
+
     def _special(self, role: str, token: str | None) -> tuple[str, int]:
-        config = self.file.with_name("tokenizer_config.json")
-        if token is None and config.is_file():
-            token = json.loads(config.read_text()).get(f"{role}_token")
-            token = token["content"] if isinstance(token, dict) else token
+        token = _content(self._config().get(f"{role}_token")) if token is None else token
         if token is None:
-            raise ValueError(f"{self.file.parent} names no {role.upper()} token; pass --{role} TOKEN")
+            raise ValueError(
+                f"{self.file.parent} names no {role.upper()} token; pass --{role} TOKEN"
+            )
         number = self.model.token_to_id(token)
         if number is None:
             raise ValueError(f"{self.file} has no token {token!r} for {role.upper()}")
@@ -123,14 +128,9 @@ class JsonTokenizer(Tokenizer):
         return self.model.decode(list(ids), skip_special_tokens=True)
 
     def save(self, folder: str | Path) -> None:
-        """Copy tokenizer.json; write a tokenizer_config.json that names BOS and EOS if there is none."""
-        config = self.file.with_name("tokenizer_config.json")
-        if config.is_file():
-            shutil.copy(self.file, Path(folder) / "tokenizer.json")
-            shutil.copy(config, folder)
-        else:
-            plain = tokenizers.Tokenizer.from_file(str(self.file))
-            save_json(plain, self.bos_token, self.eos_token, Path(folder))
+        """Copy tokenizer.json, and tokenizer_config.json with the BOS and EOS in use."""
+        shutil.copyfile(self.file, Path(folder) / "tokenizer.json")
+        save_config(Path(folder), self._config(), self.bos_token, self.eos_token)
 
     @property
     def fingerprint(self) -> str:
@@ -139,28 +139,57 @@ class JsonTokenizer(Tokenizer):
         return hashlib.sha256(content).hexdigest()
 
 
-def save_json(tokenizer: tokenizers.Tokenizer, bos: str, eos: str, folder: Path) -> None:
-    """Write tokenizer.json and the tokenizer_config.json that transformers needs beside it."""
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
-    config["clean_up_tokenization_spaces"] = False  # pyright: ignore
+def read_config(file: Path) -> dict[str, Any]:
+    """Return a tokenizer_config.json, {} if there is none; ValueError if it is broken."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return config
+
+
+def save_config(folder: Path, config: dict[str, Any], bos: str, eos: str) -> None:
+    """Write the tokenizer_config.json that transformers needs, naming BOS and EOS."""
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config = dict(config or plain)
+    for role, token in (("bos_token", bos), ("eos_token", eos)):
+        if _content(config.get(role)) != token:
+            config[role] = token
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _content(token: str | dict[str, Any] | None) -> str | None:
+    """Text of a special token, which a config may hold with its settings."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def open_tokenizer(name: str, bos: str | None = None, eos: str | None = None) -> Tokenizer:
     """Return the tokenizer of that name: `bytes`, a tokenizer.json, or a folder that holds one."""
     if name == "bytes":
+        if bos or eos:
+            raise ValueError("tokenizer 'bytes' has its own BOS and EOS; leave --bos and --eos out")
         return ByteTokenizer()
     path = Path(name)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"tokenizer {name!r} not found; expected 'bytes', a tokenizer.json or its folder")
-    if file.parent.joinpath("tokenizer_config.json").is_file() and _is_bytes(file):
+        raise ValueError(
+            f"tokenizer {name!r} not found; expected 'bytes', a tokenizer.json or its folder"
+        )
+    if not (bos or eos) and _is_bytes(file):
         return ByteTokenizer()
     return JsonTokenizer(file, bos, eos)
 
 
 def _is_bytes(file: Path) -> bool:
     """Whether a tokenizer.json is the one that ByteTokenizer writes."""
-    model = json.loads(file.read_text()).get("model", {})
-    return not model.get("merges", [0]) and len(model.get("vocab", {})) == 256
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        model, added = found["model"], [token["content"] for token in found["added_tokens"]]
+        same = model["vocab"] == _byte_vocabulary() and not model["merges"]
+        return same and added == ["<bos>", "<eos>"] and found["normalizer"] is None
+    except (ValueError, KeyError, TypeError):
+        return False

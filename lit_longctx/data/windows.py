@@ -1,4 +1,4 @@
-"""Token windows by number from a prepared folder; the only file that touches litdata's reading side."""
+"""Token windows by number from a prepared folder; all that touches litdata's reading side."""
 
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,19 @@ from lit_longctx import manifest
 class Windows:
     """Windows of `length` + 1 tokens at stride `length` over one split of a prepared folder.
 
-    Each chunk's hash is checked when its first token is read, so that an altered file stops the run instead
+    Each file's hash is checked when it is first read, so that an altered one stops the run instead
     of training it. Costs about 15 µs per block.
     """
 
     def __init__(self, folder: str | Path, split: str, length: int) -> None:
         self.folder, self.split, self.length = Path(folder), split, length
         if not self.folder.is_dir():
-            raise ValueError(f"data folder {folder} does not exist; make it with lit_longctx prepare")
+            raise ValueError(
+                f"data folder {folder} does not exist; make it with lit_longctx prepare"
+            )
         self.manifest: dict[str, Any] = manifest.read(self.folder)
+        if split not in self.manifest.get("splits", {}):
+            raise ValueError(f"{folder} holds no split {split!r}; make it with lit_longctx prepare")
         self.block: int = self.manifest["block"]
         chunk = self.manifest["chunk_tokens"]
         if length < 1 or length % self.block:
@@ -57,16 +61,22 @@ class Windows:
     def _block(self, number: int) -> np.ndarray:
         chunk = number // self.blocks_per_chunk
         if chunk not in self.checked:
-            name = f"{self.split}/chunk-0-{chunk}.bin"
-            manifest.check_file(self.folder, name, self.manifest["files"][name])
+            self._check(f"chunk-0-{chunk}.bin")
             self.checked.add(chunk)
         return np.asarray(self._open()[number])
 
+    def _check(self, file: str) -> None:
+        name = f"{self.split}/{file}"
+        manifest.check_file(self.folder, name, self.manifest["files"][name])
+
     def _open(self) -> StreamingDataset:
         if self._stream is None:
+            self._check("index.json")
             loader = TokensLoader(block_size=self.block)
-            self._stream = StreamingDataset(str(self.folder / self.split), item_loader=loader, shuffle=False)
-            # litdata would divide the blocks among ranks by itself; here every rank sees all of them
+            self._stream = StreamingDataset(
+                str(self.folder / self.split), item_loader=loader, shuffle=False
+            )
+            # litdata would divide the blocks among ranks by itself; here every rank sees all
             self._stream.distributed_env = _DistributedEnv(1, 0, 1)
         return self._stream
 

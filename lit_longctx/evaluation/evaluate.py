@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ def evaluate(
     attn_implementation: AttnImplementation = "sdpa",
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Measure held-out loss by position; with several checkpoints, the first is the one to compare with.
+    """Measure held-out loss by position; of several checkpoints the first is the yardstick.
 
     Args:
         checkpoint: Run folders or Hugging Face folders.
@@ -47,13 +48,12 @@ def evaluate(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if tasks != ["loss"]:
         raise ValueError(f"tasks {tasks} unknown; expected ['loss']")
-    opened = {Path(folder).name: Windows(folder, "held_out", window) for folder in data}
-    if empty := [name for name, source in opened.items() if not len(source)]:
-        raise ValueError(f"held-out split of {empty[0]} is shorter than a window of {window} tokens")
+    opened = held_out_windows(data, window)
     trained = trained_context(checkpoint[0])
     losses: dict[str, LossByPosition] = {}
     for folder in checkpoint:
         llama = load_pretrained(folder, attn_implementation=attn_implementation).to(device).eval()
+        check_vocabulary(llama, opened, folder)
         losses[folder] = held_out_loss(llama, opened, window, windows, progress=counter(folder))
     result = {
         "window": window,
@@ -69,6 +69,34 @@ def evaluate(
     print(table(result))
     print(f"wrote {output}/results.json, loss_by_position.md and loss_by_position.png")
     return result
+
+
+def held_out_windows(folders: list[str], window: int) -> dict[str, Windows]:
+    """Open the held-out splits, under their folders' names."""
+    opened: dict[str, Windows] = {}
+    for folder in folders:
+        name = Path(folder).resolve().name
+        if name in opened:
+            raise ValueError(
+                f"two data folders are named {name}; rename one or evaluate one by one"
+            )
+        opened[name] = Windows(folder, "held_out", window)
+        if not len(opened[name]):
+            raise ValueError(
+                f"held-out split of {name} is shorter than a window of {window} tokens"
+            )
+    return opened
+
+
+def check_vocabulary(llama: Llama, sources: dict[str, Windows], folder: str) -> None:
+    """Refuse data whose ids the model does not have."""
+    for name, source in sources.items():
+        size = source.manifest["tokenizer"]["vocab_size"]
+        if size > llama.config.vocab_size:
+            raise ValueError(
+                f"{name} has a vocabulary of {size}, larger than {folder}'s "
+                f"{llama.config.vocab_size}; prepare the data with the model's tokenizer"
+            )
 
 
 @torch.inference_mode()
@@ -108,16 +136,16 @@ def counter(name: str) -> Callable[[int, int], None]:
 
 
 def gains(losses: list[LossByPosition], trained: int) -> dict[str, float]:
-    """Mean nats saved by the last checkpoint against the first, inside and beyond `trained` tokens."""
+    """Mean nats that the last checkpoint saves, inside and beyond `trained` tokens."""
     found = {}
     edges = losses[0].edges
     inside = torch.tensor([high <= trained for high in edges[1:]])
+    counted = [losses[0].compute(), losses[-1].compute()]
     for name, part in (("inside", inside), ("beyond", ~inside)):
-        means = []
-        for metric in (losses[0], losses[-1]):
-            nats, targets = metric.compute()
-            means.append(nats.sum(0)[part].sum() / targets.sum(0)[part].sum())
-        found[name] = float(means[0] - means[1])
+        sums = [(nats.sum(0)[part].sum(), n.sum(0)[part].sum()) for nats, n in counted]
+        if all(n for _, n in sums):
+            first, last = (float(nats / n) for nats, n in sums)
+            found[name] = first - last
     return found
 
 
@@ -129,25 +157,25 @@ def table(result: dict[str, Any]) -> str:
         "|---" * (len(names) + 2) + "|",
     ]
     edges = result["edges"]
-    for i, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for i, (low, high) in enumerate(pairwise(edges)):
         cells = " | ".join(f"{result['loss'][name][i]:.4f}" for name in names)
         lines.append(f"| {low:,}–{high:,} | {result['targets'][i]:,.0f} | {cells} |")
     cells = " | ".join(f"{result['overall'][name]:.4f}" for name in names)
     lines.append(f"| all | {sum(result['targets']):,.0f} | {cells} |")
     if "gain" in result:
         gain, trained = result["gain"], result["trained_context"]
-        lines += [
-            "",
-            f"gain inside {trained:,} tokens {gain['inside']:+.4f} nats, "
-            f"beyond {gain['beyond']:+.4f} nats",
-        ]
+        parts = ", ".join(f"{part} {nats:+.4f} nats" for part, nats in gain.items())
+        lines += ["", f"gain over {trained:,} trained tokens: {parts}"]
     return "\n".join(lines)
 
 
 def write(result: dict[str, Any], folder: Path) -> None:
     """Write results.json, the table and the figure."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    # JSON knows no nan, the mean of a place that no document reaches
+    loss = {k: [v if v == v else None for v in values] for k, values in result["loss"].items()}
+    stored = json.dumps({**result, "loss": loss}, indent=1, allow_nan=False)
+    (folder / "results.json").write_text(stored + "\n")
     (folder / "loss_by_position.md").write_text(table(result) + "\n")
     figure = plots.loss_by_position(result["edges"], result["loss"], result["trained_context"])
     figure.savefig(folder / "loss_by_position.png", dpi=150)

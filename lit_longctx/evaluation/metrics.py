@@ -33,7 +33,9 @@ class LossByPosition(Metric):
     nats: Tensor
     targets: Tensor
 
-    def __init__(self, sources: Sequence[str], window: int, edges: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, sources: Sequence[str], window: int, edges: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
         self.sources = list(sources)
         self.edges = list(edges or position_edges(window))
@@ -67,7 +69,9 @@ class LossByPosition(Metric):
         values = {f"{prefix}/loss": mean, f"{prefix}/ppl": float(torch.tensor(mean).exp())}
         for i, (low, high) in enumerate(zip(self.edges[:-1], self.edges[1:], strict=True)):
             if targets[:, i].sum():
-                values[f"{prefix}/loss_pos/{low}-{high}"] = float(nats[:, i].sum() / targets[:, i].sum())
+                values[f"{prefix}/loss_pos/{low}-{high}"] = float(
+                    nats[:, i].sum() / targets[:, i].sum()
+                )
         if len(self.sources) > 1:
             for i, name in enumerate(self.sources):
                 if targets[i].sum():

@@ -1,7 +1,9 @@
 """Rotary schemes: each pair of features turns by its own angle per token.
 
-Pairs are (i, i + head_dim/2), as in Hugging Face checkpoints, so that weights load without permutation.
-Notation: d = head_dim, b = theta, θ_i = b^(−2i/d), wavelength λ_i = 2π/θ_i, s = factor, L = original_context.
+Pairs are (i, i + head_dim/2), as in Hugging Face checkpoints, so that weights load without
+permutation.
+Notation: d = head_dim, b = theta, θ_i = b^(−2i/d), wavelength λ_i = 2π/θ_i, s = factor, L =
+    original_context.
 """
 
 from abc import abstractmethod
@@ -59,9 +61,9 @@ class Rotary(PositionScheme):
     """A scheme that is given by one frequency per pair and a factor on cos and sin."""
 
     @property
-    @abstractmethod
     def attention_factor(self) -> float:
-        """Multiplies cos and sin, so that scores grow by its square."""
+        """Multiplies cos and sin, so that scores grow by its square; 1 for most schemes."""
+        return 1.0
 
     @abstractmethod
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
@@ -84,12 +86,10 @@ class Rotary(PositionScheme):
 
 @dataclass(frozen=True)
 class RoPE(Rotary):
-    """Rotary position embedding (Su et al. 2021); a larger theta is ABF (Xiong et al. 2023, §2.1)."""
+    """Rotary position embedding (Su et al. 2021); larger theta: ABF (Xiong et al. 2023, §2.1)."""
 
     theta: float = 10_000.0
     """Rotary base b. Llama 2: 1e4, Llama 3: 5e5, Llama 2 Long (ABF): 5e5."""
-
-    attention_factor = 1.0
 
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
         """θ_i."""
@@ -98,14 +98,12 @@ class RoPE(Rotary):
 
 @dataclass(frozen=True)
 class PositionInterpolation(Rotary):
-    """Positions divided by s (Chen et al. 2023, arXiv:2306.15595, eq. 4); Hugging Face's `linear`."""
+    """Positions divided by s (Chen et al. 2023, arXiv:2306.15595, eq. 4); HF's `linear`."""
 
     theta: float = 10_000.0
     """Rotary base b."""
     factor: float = field(kw_only=True)
     """s: how many times the original context is wanted."""
-
-    attention_factor = 1.0
 
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
         """θ_i / s."""
@@ -120,8 +118,6 @@ class NTKAware(Rotary):
     """Rotary base b before scaling."""
     factor: float = field(kw_only=True)
     """s: how many times the original context is wanted."""
-
-    attention_factor = 1.0
 
     def scaled_theta(self, head_dim: int) -> float:
         """The base that results; it is all that Hugging Face needs to know."""
@@ -146,7 +142,6 @@ class DynamicNTK(Rotary):
     original_context: int = field(kw_only=True)
     """L: tokens per sequence the starting checkpoint was trained on."""
 
-    attention_factor = 1.0
     depends_on_length = True
 
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
@@ -173,10 +168,10 @@ class DynamicNTK(Rotary):
 
 @dataclass(frozen=True)
 class YaRN(Rotary):
-    """Fast pairs kept, slow pairs interpolated, a ramp between (Peng et al. 2023, arXiv:2309.00071).
+    """Fast pairs kept, slow ones interpolated, a ramp between (Peng et al. 2023, arXiv:2309.00071).
 
-    The paper's ramp is linear in L/λ_i (eq. 18); the authors' code, followed here and everywhere, is
-    linear in the pair's index between those that turn beta_fast and beta_slow times in L tokens.
+    The paper's ramp is linear in L/λ_i (eq. 18); the authors' code, followed here and everywhere,
+    is linear in the pair's index between those that turn beta_fast and beta_slow times in L tokens.
     """
 
     theta: float = 10_000.0
@@ -214,7 +209,7 @@ class YaRN(Rotary):
 
 @dataclass(frozen=True)
 class Llama3(Rotary):
-    """Llama 3.1's scaling: a ramp in L/λ_i between kept and interpolated pairs (arXiv:2407.21783)."""
+    """Llama 3.1's scaling: a ramp in L/λ_i from interpolated to kept pairs (arXiv:2407.21783)."""
 
     theta: float = 10_000.0
     """Rotary base b; Llama 3: 5e5."""
@@ -226,8 +221,6 @@ class Llama3(Rotary):
     """Pairs with L/λ above this are kept."""
     original_context: int = field(kw_only=True)
     """L; Llama 3: 8,192."""
-
-    attention_factor = 1.0
 
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
         """t_i·θ_i + (1 − t_i)·θ_i/s, with t the place of L/λ_i between the two factors."""
@@ -256,7 +249,7 @@ class LongRoPE(Rotary):
     original_context: int = field(kw_only=True)
     """L: tokens per sequence the starting checkpoint was trained on."""
     unscaled_tokens: int = 0
-    """n̂: that many first places of a document are not interpolated; Hugging Face has no such thing."""
+    """n̂: so many first places of a document are not interpolated; Hugging Face lacks it."""
 
     depends_on_length = True
 
@@ -266,13 +259,14 @@ class LongRoPE(Rotary):
 
     @property
     def attention_factor(self) -> float:
-        """√(1 + ln s / ln L) (eq. 5 of the published code's README)."""
+        """√(1 + ln s / ln L) as its authors' code has it."""
         return sqrt(1 + log(self.factor) / log(self.original_context)) if self.factor > 1 else 1.0
 
     def _divided(self, factors: Sequence[float], head_dim: int) -> Float[Tensor, " freq"]:
         if len(factors) != head_dim // 2:
             raise ValueError(
-                f"LongRoPE needs {head_dim // 2} factors for head_dim {head_dim}, got {len(factors)}"
+                f"LongRoPE needs {head_dim // 2} factors for head_dim {head_dim}, "
+                f"got {len(factors)}"
             )
         return base_frequencies(self.theta, head_dim) / torch.tensor(factors)
 
@@ -323,8 +317,9 @@ class RotateAndScale(nn.Module):
 class XPos(Rotary):
     """RoPE whose scores decay with distance (Sun et al. 2022, arXiv:2212.10554, §2.2).
 
-    q is scaled by ζ_i^((p−c)/B) and k by its inverse, ζ_i = (2i/d + 0.4)/1.4, so that a score depends on
-    p_q − p_k alone; c only keeps the scales small. Needs bfloat16 or float32 (float16 overflows).
+    q is scaled by ζ_i^((p−c)/B) and k by its inverse, ζ_i = (2i/d + 0.4)/1.4, so that a score
+    depends on p_q − p_k alone; c only keeps the scales small. Needs bfloat16 or float32 (float16
+    overflows).
     """
 
     theta: float = 10_000.0
@@ -333,8 +328,6 @@ class XPos(Rotary):
     """B: the larger, the slower the decay."""
     centre: int = 16_384
     """c: place whose scale is 1, best half the context; queries and cached keys must share it."""
-
-    attention_factor = 1.0
 
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
         """θ_i, as RoPE."""

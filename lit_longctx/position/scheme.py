@@ -12,8 +12,9 @@ from lit_longctx.batch import Documents
 class PositionScheme(ABC):
     """How a token's place reaches attention.
 
-    Schemes are frozen dataclasses: the object is its own config. They hold no buffers and no cache, so
-    meta-device initialisation, resharding and evaluation at any length need nothing from them.
+    Schemes are frozen dataclasses: the object is its own config. They hold no buffers and no
+    cache, so meta-device initialisation, resharding and evaluation at any length need nothing from
+    them.
     """
 
     depends_on_length = False
@@ -28,13 +29,13 @@ class PositionScheme(ABC):
     ) -> Float[Tensor, "batch seq code"]:
         """Return what the layers need to know of each place, in float32.
 
-        Computed once per forward pass and shared by all layers. `documents` are those of the keys; they
-        serve schemes that depend on how long a token's document is.
+        Computed once per forward pass and shared by all layers. `documents` are those of the keys;
+        they serve schemes that depend on how long a token's document is.
         """
 
     @abstractmethod
     def layer(self, num_heads: int, head_dim: int) -> nn.Module:
-        """Return what each block applies, (q, k, code) -> (q, k); holds weights only if it learns."""
+        """Return what each block applies, (q, k, code) -> (q, k); has weights only if it learns."""
 
     def initial_weight(self, name: str, shape: torch.Size) -> Tensor:
         """Return the start of a weight of `layer`; schemes that learn nothing are never asked."""

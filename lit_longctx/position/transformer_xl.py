@@ -12,19 +12,20 @@ from lit_longctx.position.rotary import base_frequencies
 from lit_longctx.position.scheme import PositionScheme
 
 LOCALITY = 12.0
-"""Nats by which a head starts out to prefer its own place to a far one; the best of 0 … 16 in a try."""
+"""Nats by which a head first prefers its own place to a far one; the best of 0 … 16 in a try."""
 
 
 class RelativeDistance(nn.Module):
-    """Widen q and k so that their plain dot product is the score of Dai et al. 2019 (arXiv:1901.02860, §3.3).
+    """Widen q and k so that their dot product is the score of Dai et al. 2019, §3.3.
 
     The score (q_i + u)·k_j + (q_i + v)·W_R r(i−j) splits by the angle-difference identities: with
     [a | b] = (q_i + v) W_R, the coefficients of r's sines and cosines,
 
-        a sin((i−j)ω) + b cos((i−j)ω) = cos(jω)·(a sin iω + b cos iω) + sin(jω)·(b sin iω − a cos iω)
+        a sin((i−j)ω) + b cos((i−j)ω)
+            = cos(jω)·(a sin iω + b cos iω) + sin(jω)·(b sin iω − a cos iω)
 
-    (Dai et al. 2020, Funnel-Transformer, arXiv:2006.03236, appendix A.2.2). Any attention kernel that takes
-    head_dim + distance_dim features then serves it, in linear memory.
+    (Dai et al. 2020, Funnel-Transformer, arXiv:2006.03236, appendix A.2.2). Any attention kernel
+    that takes head_dim + distance_dim features then serves it, in linear memory.
     """
 
     def __init__(self, num_heads: int, head_dim: int, distance_dim: int) -> None:
@@ -42,7 +43,7 @@ class RelativeDistance(nn.Module):
         """Return q' = [q+u | a sin + b cos | b sin − a cos] and k' = [k | cos | sin]."""
         sin, cos = code.unsqueeze(2).chunk(2, dim=-1)
         coefficients = einsum(
-            q + self.position_bias, self.distance_weight, "batch seq head dim, head dim place -> batch seq head place"
+            q + self.position_bias, self.distance_weight, "b s h d, h d place -> b s h place"
         )
         a, b = coefficients.float().chunk(2, dim=-1)
         place_q = torch.cat([a * sin + b * cos, b * sin - a * cos], dim=-1)
@@ -55,7 +56,7 @@ class RelativeDistance(nn.Module):
 
 @dataclass(frozen=True)
 class TransformerXL(PositionScheme):
-    """Sinusoids of the distance with learned u, v and W_R per block (the original shares u and v over blocks)."""
+    """Sinusoids of the distance with learned u, v, W_R per block (the original shares u and v)."""
 
     theta: float = 10_000.0
     """Base of the sinusoids' frequencies."""
@@ -63,11 +64,14 @@ class TransformerXL(PositionScheme):
     """Width of the sinusoid (even); default: head_dim. The original uses the model's width."""
 
     def encode(
-        self, position_ids: Num[Tensor, "batch seq"], head_dim: int, documents: Documents | None = None
+        self,
+        position_ids: Num[Tensor, "batch seq"],
+        head_dim: int,
+        documents: Documents | None = None,
     ) -> Float[Tensor, "batch seq code"]:
         """Return [sin | cos] of every place, float32."""
-        frequencies = base_frequencies(self.theta, self.distance_dim or head_dim).to(position_ids.device)
-        angles = position_ids.unsqueeze(-1).float() * frequencies
+        frequencies = base_frequencies(self.theta, self.distance_dim or head_dim)
+        angles = position_ids.unsqueeze(-1).float() * frequencies.to(position_ids.device)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
     def layer(self, num_heads: int, head_dim: int) -> nn.Module:
@@ -77,10 +81,10 @@ class TransformerXL(PositionScheme):
     def initial_weight(self, name: str, shape: torch.Size) -> Tensor:
         """Start from a bias towards near places that has the shape of RoPE's own decay.
 
-        u = 0, v = 1 and every row of W_R the same, so that the score begins as q·k + LOCALITY·mean_i cos(dω_i)
-        (after the softmax scale, in nats) plus a small part from q. Σ cos(dω_i) is how RoPE's score of
-        equal q and k falls with the distance d; without it, a RoPE checkpoint would lose all sense of
-        place. docs/log.md has the losses of both starts.
+        u = 0, v = 1 and all rows of W_R alike: the score begins as q·k + LOCALITY·mean_i cos(dω_i)
+        (after the softmax scale, in nats) plus a small part from q. Σ cos(dω_i) is how RoPE's
+        score of equal q and k falls with the distance d; without it, a RoPE checkpoint would lose
+        all sense of place. docs/log.md has the losses of both starts.
         """
         if name == "content_bias":
             return torch.zeros(shape)

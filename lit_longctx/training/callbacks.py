@@ -38,7 +38,9 @@ class ProgressLine(Callback):
         self.tokens = 0
         self.waited = 0.0
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, i: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, i: int
+    ) -> None:
         """Note how long the step waited for its data."""
         self.waited += time.monotonic() - self.fetched
 
@@ -55,7 +57,10 @@ class ProgressLine(Callback):
     def _report(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         passed = time.monotonic() - self.last
         rate = self.tokens / passed
-        values = {"perf/tokens_per_s_per_gpu": rate, "perf/data_wait_pct": 100 * self.waited / passed}
+        values = {
+            "perf/tokens_per_s_per_gpu": rate,
+            "perf/data_wait_pct": 100 * self.waited / passed,
+        }
         if torch.cuda.is_available():
             active = torch.cuda.memory_stats()["active_bytes.all.peak"]
             values["mem/max_active_gib"] = active / 2**30
@@ -102,6 +107,12 @@ class Checkpoints(Callback):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.saved = -1
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Remove what an earlier process of this run began to save and did not finish."""
+        if trainer.is_global_zero:
+            for torn in (run_folder(trainer) / "checkpoints").glob("*.tmp-*"):
+                shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, i: int

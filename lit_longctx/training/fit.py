@@ -2,7 +2,6 @@
 
 import logging
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,13 @@ INHERITED = ("theta", "original_context")
 
 
 class CLI(LightningCLI):
-    """Models and data are subclasses chosen by class_path; the run folder is trainer.default_root_dir."""
+    """Models and data are chosen by class_path; the run folder is trainer.default_root_dir."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Only the verbs that make sense here."""
         hidden = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
-        return {verb: hidden for verb in ("fit", "validate", "test")}
+        return dict.fromkeys(("fit", "validate", "test"), hidden)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Callbacks of every run, configurable under their own names."""
@@ -88,7 +87,10 @@ def inherit_position(model: Any, given: Any) -> None:
     if not checkpoint or not position:
         return
     config, own = read_model(checkpoint)
-    sources = {"theta": getattr(own, "theta", None), "original_context": config.max_position_embeddings}
+    sources = {
+        "theta": getattr(own, "theta", None),
+        "original_context": config.max_position_embeddings,
+    }
     chosen = given.init_args.position.get("init_args") or {}
     for name in INHERITED:
         if name in position.init_args and chosen.get(name) is None and sources[name] is not None:
@@ -111,7 +113,9 @@ def find_checkpoint(run: Path, asked: str | None, resume: bool) -> str | None:
             "or choose another --trainer.default_root_dir"
         )
     if asked is not None and not Path(asked).is_dir():
-        raise ValueError(f"checkpoint {asked} does not exist; expected a folder like {folder}/step-00000100")
+        raise ValueError(
+            f"checkpoint {asked} does not exist; expected a folder like {folder}/step-00000100"
+        )
     return asked
 
 
@@ -119,8 +123,6 @@ def fit(arguments: list[str]) -> None:
     """Run LightningCLI with these arguments."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning", category=UserWarning)
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     CLI(
         LanguageModule,
         LightningDataModule,

@@ -1,20 +1,23 @@
 """Batch → step: token-exact loss under accumulation and ranks, clipping, AdamW."""
 
 from abc import ABC
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import Batch, Step
-from lit_longctx.checkpoint import describe, fill, read_model, resolve
+from lit_longctx.checkpoint import describe, describe_position, fill, read_model, resolve
 from lit_longctx.evaluation.metrics import LossByPosition
+from lit_longctx.memory import Memory
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import PositionScheme, RoPE
 from lit_longctx.training import parallel
@@ -22,7 +25,7 @@ from lit_longctx.training.schedule import Schedule, WarmupCosine
 
 
 class LanguageModule(LightningModule, ABC):
-    """What every kind of training shares; the data module owns the loss weights, this only sums them.
+    """What every kind of training shares; the data module owns the loss weights, this sums them.
 
     Args:
         checkpoint: Hugging Face folder or run folder to start from.
@@ -38,6 +41,7 @@ class LanguageModule(LightningModule, ABC):
         activation_checkpointing: Recompute blocks in backward: less memory, a third more compute.
         compile: torch.compile every block.
         seed: Decides random weights.
+        memory: Windows that each row remembers (Transformer-XL's recurrence); needs data in lanes.
     """
 
     def __init__(
@@ -55,10 +59,13 @@ class LanguageModule(LightningModule, ABC):
         activation_checkpointing: bool = False,
         compile: bool = False,
         seed: int = 0,
+        memory: int = 0,
     ) -> None:
         super().__init__()
         if (checkpoint is None) == (config is None):
-            raise ValueError("give either a checkpoint to start from or a config for random weights")
+            raise ValueError(
+                "give either a checkpoint to start from or a config for random weights"
+            )
         self.automatic_optimization = False
         self.start = None if checkpoint is None else resolve(checkpoint)
         own = RoPE()
@@ -66,6 +73,7 @@ class LanguageModule(LightningModule, ABC):
             config, own = read_model(self.start)
         assert config is not None
         self.config = config
+        self.origin = own if checkpoint else None
         self.position = position or own
         self.attn_implementation: AttnImplementation = attn_implementation
         self.learning_rate = learning_rate
@@ -77,6 +85,8 @@ class LanguageModule(LightningModule, ABC):
         self.activation_checkpointing = activation_checkpointing
         self.compile_blocks = compile
         self.seed = seed
+        self.memory = memory
+        self.memories: list[Memory] = []
         self.samples_consumed = 0
         self.llama: Llama | None = None
         self.held_out_loss: LossByPosition | None = None
@@ -105,6 +115,10 @@ class LanguageModule(LightningModule, ABC):
     def _check_data(self) -> None:
         data = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(data, "tokenizer", None)
+        if self.memory and not getattr(data, "lanes", False):
+            raise ValueError("memory needs rows that walk through documents; set data's lanes true")
+        if self.memory and self.position.depends_on_length:
+            raise ValueError(f"{type(self.position).__name__} cannot have a memory; set memory 0")
         if tokenizer and tokenizer["vocab_size"] > self.config.vocab_size:
             raise ValueError(
                 f"data has a vocabulary of {tokenizer['vocab_size']}, larger than the model's "
@@ -116,7 +130,9 @@ class LanguageModule(LightningModule, ABC):
         assert self.llama is not None
         number = sum(p.numel() for p in self.llama.parameters())
         origin = self.start or "random weights"
-        print(f"model: {number:,} parameters from {origin}; position {self.position}")
+        print(f"model: {number:,} parameters from {origin}")
+        before = f"{self.origin} → " if self.origin not in (None, self.position) else ""
+        print(f"position: {before}{self.position}")
         if self.start is not None and fresh:
             print(f"model: {len(fresh)} weights of {type(self.position).__name__} start anew")
 
@@ -136,18 +152,22 @@ class LanguageModule(LightningModule, ABC):
     def training_step(self, step: Step, step_index: int) -> None:
         """Run all micro-batches of an optimizer step and update.
 
-        Each micro-batch backpropagates Σ nats·w · G / W, with G the ranks that FSDP averages over and W
-        the weights of all their micro-batches: the mean over targets, however they are spread.
+        Each micro-batch backpropagates Σ nats·w · G / W, with G the ranks that FSDP averages over
+        and W the weights of all their micro-batches: the mean over targets, however they are
+        spread.
         """
         assert self.llama is not None
         optimizer = self.optimizers()
-        weights = sum((b.loss_weights.sum(dtype=torch.float64) for b in step.micro_batches), self._zero())
-        total = self._sum_over_ranks(weights)
+        assert isinstance(optimizer, LightningOptimizer)
+        weights = sum(
+            (b.loss_weights.sum(dtype=torch.float64) for b in step.micro_batches), self._zero()
+        )
+        total = self._sum_over_ranks(weights).clamp(min=1e-8)  # no target at all: loss 0, not NaN
         ranks = self.trainer.world_size
         loss = self._zero()
-        for batch in step.micro_batches:
-            summed, _ = self.llama.loss(batch)
-            self.manual_backward(summed * (ranks / total.clamp(min=1e-8)).to(summed.dtype))
+        for batch, memory in zip(step.micro_batches, self._memories(step), strict=True):
+            summed, _ = self.llama.loss(batch, memory)
+            self.manual_backward(summed * (ranks / total).to(summed.dtype))
             loss += summed.detach()
         mean = self._sum_over_ranks(loss) / total
         norm = self._clip()
@@ -163,6 +183,17 @@ class LanguageModule(LightningModule, ABC):
         seen = self.samples_consumed * step.micro_batches[0].input_ids.shape[1]
         self._log_step(mean=mean, norm=norm, rate=rate, tokens=seen)
 
+    def _memories(self, step: Step) -> Sequence[Memory | None]:
+        """Return the memory of each micro-batch's rows; empty at first and where rows jump."""
+        if not self.memory:
+            return [None] * len(step.micro_batches)
+        if not self.memories and self.global_step:
+            rank_zero_only(print)(f"step {self.global_step}: resumed with an empty memory")
+        if step.restart or not self.memories:
+            tokens = self.memory * step.micro_batches[0].input_ids.shape[1]
+            self.memories = [Memory(tokens) for _ in step.micro_batches]
+        return self.memories
+
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self.device)
 
@@ -173,7 +204,7 @@ class LanguageModule(LightningModule, ABC):
         return value
 
     def _clip(self) -> Tensor:
-        """Scale gradients to at most `gradient_clip`; return their norm before, the same on all ranks."""
+        """Scale gradients to at most `gradient_clip`; return their norm before."""
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -202,7 +233,8 @@ class LanguageModule(LightningModule, ABC):
 
     def validation_step(self, batch: Batch, index: int) -> None:
         """Count nats by position and source."""
-        assert self.llama is not None and self.held_out_loss is not None
+        assert self.llama is not None
+        assert self.held_out_loss is not None
         self.held_out_loss.update(self.llama.loss(batch)[1], batch)
 
     test_step = validation_step
@@ -224,9 +256,14 @@ class LanguageModule(LightningModule, ABC):
         checkpoint["samples_consumed"] = self.samples_consumed
         checkpoint["model_description"] = {
             **describe(self.llama, getattr(data, "window", None)),
-            "started_from": None if self.start is None else str(self.start),
+            "started_from": self._started_from(),
             "tokenizer": getattr(data, "tokenizer", None),
         }
+
+    def _started_from(self) -> dict[str, Any] | None:
+        if self.start is None or self.origin is None:
+            return None
+        return {"checkpoint": str(self.start), "position": describe_position(self.origin)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the count of samples."""

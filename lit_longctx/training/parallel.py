@@ -1,14 +1,17 @@
-"""How a Llama is spread over processes: FSDP2 over one mesh, and checkpoints that are whole or refused."""
+"""How a Llama is spread over processes: FSDP2, and checkpoints that are whole or refused."""
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
@@ -17,15 +20,15 @@ from torch.distributed.fsdp import (
 )
 
 from lit_longctx import manifest
-from lit_longctx.checkpoint import MODEL, newest_whole
+from lit_longctx.checkpoint import MODEL, newest_whole, read_model
 from lit_longctx.model import Llama
 
 
 def apply_sharding(llama: Llama, mesh: DeviceMesh, compute: torch.dtype) -> None:
     """Shard every block, then the rest: embedding, final norm and head stay in the root group.
 
-    Master weights stay in their dtype (float32), products run in `compute`, gradients are averaged in
-    float32. Inputs are not cast: position codes need their float32.
+    Master weights stay in their dtype (float32), products run in `compute`, gradients are averaged
+    in float32. Inputs are not cast: position codes need their float32.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -55,8 +58,9 @@ def apply_compile(llama: Llama) -> None:
 class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2 over all processes, one or many, on CPU (gloo) or CUDA (NCCL).
 
-    Checkpoints are folders `step-N`: written beside, hashed, flushed, renamed; the file `latest` is moved
-    last. A folder that is torn or altered is refused by name before any weight of it is used.
+    Checkpoints are folders `step-N`: written beside, hashed, flushed, renamed; the file `latest`
+    is moved last. A folder that is torn or altered is refused by name before any weight of it is
+    used.
 
     Args:
         process_group_backend: `gloo` or `nccl`; default: by device.
@@ -84,7 +88,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         target = Path(self.broadcast(filepath))
         temporary = Path(self.broadcast(manifest.beside(target)))
         description = checkpoint.pop("model_description", None)
-        super().save_checkpoint(checkpoint, temporary, storage_options)
+        with plain_errors():
+            super().save_checkpoint(checkpoint, temporary, storage_options)
         if self.global_rank == 0 and description:
             manifest.write_text(temporary / MODEL, json.dumps(description, indent=1) + "\n")
         self.barrier()
@@ -112,11 +117,29 @@ class FSDP2Strategy(ModelParallelStrategy):
         torch.distributed.all_gather_object(gathered, item)
         return gathered
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Verify, then load, resharded to this layout."""
         path = Path(self.broadcast(checkpoint_path))
         self._verify(path)
-        return super().load_checkpoint(path, weights_only=weights_only)
+        self._compare(path)
+        with plain_errors():
+            return super().load_checkpoint(path, weights_only=weights_only)
+
+    def _compare(self, path: Path) -> None:
+        """Refuse another model: one of fewer layers, say, would load without a word."""
+        module: Any = self.lightning_module
+        config, position = read_model(path)
+        held, asked = asdict(config), asdict(module.config)
+        if self.optimizers:  # a run goes on as it began; what only measures may place tokens anew
+            held["position"], asked["position"] = position, module.position
+        for name in held:
+            if held[name] != asked[name]:
+                raise ValueError(
+                    f"{path} is of another model: expected {name} {asked[name]}, got {held[name]}; "
+                    "to begin a run with its weights, pass it as the model's checkpoint"
+                )
 
     def _verify(self, path: Path) -> None:
         """Each rank checks its share of the files; all raise if one finds a fault."""
@@ -139,6 +162,11 @@ class FSDP2Strategy(ModelParallelStrategy):
             shutil.rmtree(filepath, ignore_errors=True)
 
 
-def materialise(llama: nn.Module, device: torch.device) -> None:
-    """Give meta parameters memory; their content is whatever was there."""
-    llama.to_empty(device=device)
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raise what went wrong in a distributed checkpoint, not torch's collection of tracebacks."""
+    try:
+        yield
+    except CheckpointException as error:
+        fault, _ = next(iter(error.failures.values()))
+        raise fault from error

@@ -15,7 +15,7 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class WarmupCosine(Schedule):
-    """Linear warm-up, then half a cosine down to `final` (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5)."""
+    """Linear warm-up, then half a cosine down to `final` (arXiv:1608.03983, eq. 5)."""
 
     warmup_steps: int = 0
     """Updates until the peak is reached."""

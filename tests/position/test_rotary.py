@@ -1,4 +1,4 @@
-"""Every rotary scheme against numbers from outside: transformers, the YaRN and xPos authors, float64."""
+"""Every rotary scheme against transformers, the YaRN and xPos authors, float64."""
 
 import json
 import math
@@ -157,7 +157,9 @@ def test_xpos_refuses_places_whose_scales_leave_float32():
     finite = scheme.encode(torch.tensor([[0, 71_200]]), 128)
     assert finite.isfinite().all()
     assert (finite[..., 128:] > 0).all()
-    with pytest.raises(ValueError, match=r"leave float32 at place 80,000.*scale_base to (\d+)") as e:
+    with pytest.raises(
+        ValueError, match=r"leave float32 at place 80,000.*scale_base to (\d+)"
+    ) as e:
         scheme.encode(torch.tensor([[0, 80_000]]), 128)
     fitting = int(str(e.value).split("scale_base to ")[1].split()[0])
     XPos(centre=35_600, scale_base=fitting).encode(torch.tensor([[0, 80_000]]), 128)
@@ -197,7 +199,7 @@ def test_code_is_float32_whatever_the_positions_are(name):
 
 
 def test_length_dependent_schemes_look_at_each_document():
-    """A row of documents of 6, 20 and 9 tokens, original context 8: only the longer ones stretch."""
+    """Documents of 6, 20 and 9 tokens, original context 8: only the longer ones stretch."""
     starts = torch.zeros(1, 35, dtype=torch.bool)
     starts[0, [0, 6, 26]] = True
     documents = documents_from_starts(starts)

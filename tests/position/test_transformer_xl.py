@@ -29,7 +29,12 @@ def test_the_original_layer(golden, name, key, memory):
     scheme = TransformerXL(distance_dim=WIDTH)
     backend = attention_backend(name)
     layer = Attention(config, scheme, backend)
-    for projection, weight in (("q_proj", "wq"), ("k_proj", "wk"), ("v_proj", "wv"), ("o_proj", "wo")):
+    for projection, weight in (
+        ("q_proj", "wq"),
+        ("k_proj", "wk"),
+        ("v_proj", "wv"),
+        ("o_proj", "wo"),
+    ):
         getattr(layer, projection).weight.copy_(golden[weight])
     layer.position.content_bias.copy_(golden["u"])
     layer.position.position_bias.copy_(golden["v"])

@@ -1,0 +1,58 @@
+"""Files as byte streams, .gz and .zst unpacked on the way; a cut-off archive is an error."""
+
+import gzip
+import zlib
+from io import BufferedIOBase, BufferedReader, RawIOBase
+from pathlib import Path
+
+import zstandard
+
+ARCHIVE_ERRORS = (OSError, EOFError, zstandard.ZstdError, zlib.error)
+"""What reading a broken archive raises."""
+
+
+def open_packed(path: Path) -> BufferedIOBase:
+    """Open a file for reading bytes, unpacking .gz and .zst on the way."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        return BufferedReader(ZstandardFrames(path), 2**20)
+    return open(path, "rb")
+
+
+class ZstandardFrames(RawIOBase):
+    """The frames of a .zst file, one after the other.
+
+    zstandard's own reader takes a cut-off file's end for the end of the data. Unpacks 256 bytes
+    at a time, which a hostile file can blow up to 8 MiB and no further.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "rb")  # noqa: SIM115
+        self.frame: zstandard.ZstdDecompressionObj | None = None
+        self.unpacked = memoryview(b"")
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # pyright: ignore
+        """Fill what fits of the buffer; EOFError where a frame is cut off."""
+        while not self.unpacked:
+            packed = (self.frame.unused_data if self.frame else b"") or self.file.read(2**8)
+            if not packed:
+                if self.frame is not None and not self.frame.eof:
+                    raise EOFError("the last zstandard frame is cut off")
+                return 0
+            if self.frame is None or self.frame.eof:
+                self.frame = zstandard.ZstdDecompressor(max_window_size=2**27).decompressobj()
+            self.unpacked = memoryview(self.frame.decompress(packed))
+        size = min(len(buffer), len(self.unpacked))
+        buffer[:size] = self.unpacked[:size]
+        self.unpacked = self.unpacked[size:]
+        return size
+
+    def close(self) -> None:
+        """Close the file underneath too."""
+        self.file.close()
+        super().close()

@@ -1,0 +1,39 @@
+"""What could not be read: skipped and counted, until it is too much."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Faults:
+    """What could not be read: counted by kind, with the first of each kind kept for the report."""
+
+    tolerated: float = 0.01
+    """Largest share of broken documents; above it the run stops."""
+    read: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, kind: str, where: str) -> None:
+        """Count one broken document."""
+        self.kinds[kind] += 1
+        self.examples.setdefault(kind, _printable(where[:200]))
+        if self.read + self.kinds.total() >= 1000:
+            self.check()
+
+    def check(self) -> None:
+        """Raise ValueError if more than the tolerated share was broken."""
+        broken = self.kinds.total()
+        seen = self.read + broken
+        if broken > self.tolerated * seen:
+            kind, count = self.kinds.most_common(1)[0]
+            raise ValueError(
+                f"{broken} of {seen} documents are broken (tolerated: {self.tolerated:.1%}), most "
+                f"often {kind} ({count}, first at {self.examples[kind]}); "
+                "mend the input or raise --tolerated"
+            )
+
+
+def _printable(text: str) -> str:
+    """Escape what would break a line of the report, or its encoding."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

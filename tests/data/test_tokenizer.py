@@ -1,0 +1,254 @@
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+
+from lit_longctx.data.tokenizer import ByteTokenizer, JsonTokenizer, open_tokenizer
+
+SPECIALS = ["<unk>", "<s>", "</s>", "<pad>"]
+
+
+def random_texts(number, seed=0):
+    """Text over all of Unicode, half of it ASCII, all lengths from none to hundreds."""
+    generator = random.Random(seed)
+    drawn = []
+    for _ in range(number):
+        letters = []
+        for _ in range(int(generator.expovariate(1 / 40))):
+            point = generator.choice([generator.randrange(128), generator.randrange(0x110000)])
+            letters.append(chr(point) if not 0xD800 <= point < 0xE000 else "\n")
+        drawn.append("".join(letters))
+    return [*drawn, "Do n't , it 's ! ", "", "\0", "\u2028 \ufeff", "e\u0301 é", "👩‍👩‍👧"]
+
+
+def bpe(extra_specials=(), vocab_size=600):
+    model = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*SPECIALS, *extra_specials],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    corpus = ["the quick brown fox jumps over the lazy dog <s> and </s> " * 3, "a b c <s><s> s>"]
+    model.train_from_iterator(corpus * 20, trainer)
+    pair = [("<s>", model.token_to_id("<s>")), ("</s>", model.token_to_id("</s>"))]
+    model.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=pair)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "bpe"
+    path.mkdir()
+    bpe().save(str(path / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "kept": 1}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_bytes_are_the_utf8_of_the_text_and_come_back():
+    coder = ByteTokenizer()
+    texts = random_texts(500)
+    ids = coder.encode(texts)
+    assert [i.tolist() for i in ids] == [list(text.encode()) for text in texts]
+    assert [coder.decode(i.tolist()) for i in ids] == texts
+    assert [coder.decode([256, *i.tolist(), 257]) for i in ids] == texts
+    assert {i.dtype for i in ids} == {np.dtype(np.uint16)}
+
+
+def test_cut_characters_decode_to_the_replacement_character():
+    assert ByteTokenizer().decode([*"aé".encode()[:-1], 257]) == "a\ufffd"
+
+
+def test_saved_bytes_are_the_same_ids_for_tokenizers(tmp_path):
+    coder = ByteTokenizer()
+    coder.save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.get_vocab_size(with_added_tokens=True) == coder.vocab_size == 258
+    assert (theirs.token_to_id("<bos>"), theirs.token_to_id("<eos>")) == (256, 257)
+    theirs.encode_special_tokens = True
+    texts = [*random_texts(300), "<bos>", "a<eos>b <bos>"]
+    for text, ids in zip(texts, coder.encode(texts), strict=True):
+        found = theirs.encode(text).ids
+        assert found == ids.tolist()
+        assert theirs.decode(found) == text
+
+
+def test_saved_bytes_are_the_same_ids_for_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    coder = ByteTokenizer()
+    coder.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (256, 257, 258)
+    texts = random_texts(300)
+    for text, ids in zip(texts, coder.encode(texts), strict=True):
+        found = theirs(text)["input_ids"]
+        assert found == ids.tolist()
+        assert theirs.decode([256, *found, 257], skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("text", ["<s>", "a <s> b", "<s><s>", "</s><s>", " <s>\n", "<", "s>", "<s"])
+def test_text_cannot_forge_bos_or_eos(folder, text):
+    coder = open_tokenizer(str(folder))
+    plain = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = coder.encode([text])[0].tolist()
+    if "<s>" in text:
+        assert coder.bos in plain.encode(text, add_special_tokens=False).ids
+    assert not {coder.bos, coder.eos} & set(ids)
+    assert "".join(coder.decode([i]) for i in ids) == text
+    assert coder.decode([coder.bos, *ids, coder.eos]) == text
+
+
+def test_json_tokenizer_is_the_library_on_text_without_specials(folder):
+    coder = open_tokenizer(str(folder))
+    plain = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = random_texts(300)
+    expected = [plain.encode(text, add_special_tokens=False).ids for text in texts]
+    ids = coder.encode(texts)
+    assert [i.tolist() for i in ids] == expected
+    assert [coder.decode(i.tolist()) for i in ids] == texts
+    names = (plain.token_to_id("<s>"), plain.token_to_id("</s>"))
+    assert (coder.bos, coder.eos) == names == (1, 2)
+    assert coder.vocab_size == plain.get_vocab_size(with_added_tokens=True)
+
+
+def test_padding_and_truncation_in_the_file_are_ignored(folder):
+    model = bpe()
+    model.enable_truncation(4)
+    model.enable_padding(length=16)
+    model.save(str(folder / "tokenizer.json"))
+    text = "the quick brown fox jumps over the lazy dog" * 20
+    ids = open_tokenizer(str(folder)).encode([text, "a"])
+    assert [i.tolist() for i in ids] == [
+        bpe().encode(t, add_special_tokens=False).ids for t in (text, "a")
+    ]
+
+
+def test_a_large_vocabulary_has_wide_ids(folder):
+    model = bpe()
+    model.add_special_tokens([AddedToken(f"<{i}>", special=True) for i in range(2**16)])
+    model.save(str(folder / "tokenizer.json"))
+    coder = open_tokenizer(str(folder))
+    assert coder.vocab_size == model.get_vocab_size() > 2**16
+    assert coder.encode(["the"])[0].dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "message"),
+    [
+        (None, {}, r"bpe names no BOS token; pass --bos TOKEN$"),
+        ({}, {}, r"bpe names no BOS token; pass --bos TOKEN$"),
+        (
+            {"bos_token": None, "eos_token": "</s>"},
+            {},
+            r"bpe names no BOS token; pass --bos TOKEN$",
+        ),
+        ({"bos_token": "<s>"}, {}, r"bpe names no EOS token; pass --eos TOKEN$"),
+        (None, {"bos": "<s>"}, r"bpe names no EOS token; pass --eos TOKEN$"),
+        ({"bos_token": "[BOS]"}, {}, r"tokenizer\.json has no token '\[BOS\]' for BOS$"),
+        (None, {"bos": "[BOS]"}, r"tokenizer\.json has no token '\[BOS\]' for BOS$"),
+        (["<s>"], {}, r"tokenizer_config\.json holds no JSON object$"),
+        ("{", {}, r"tokenizer_config\.json is no JSON: "),
+    ],
+)
+def test_bos_and_eos_are_named_or_asked_for(folder, config, given, message):
+    path = folder / "tokenizer_config.json"
+    path.unlink()
+    if config is not None:
+        path.write_text(config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(ValueError, match=message) as found:
+        open_tokenizer(str(folder), **given)
+    assert "\n" not in str(found.value)
+
+
+def test_given_bos_wins_over_the_config(folder):
+    coder = open_tokenizer(str(folder), bos="<pad>")
+    assert (coder.bos, coder.eos) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"bos": "<pad>"}, {"bos": "<s>", "eos": "</s>"}, {"bos": "</s>", "eos": "</s>"}]
+)
+@pytest.mark.parametrize("config", [True, False])
+def test_a_saved_tokenizer_is_the_same_tokenizer(folder, tmp_path, given, config):
+    if not config:
+        (folder / "tokenizer_config.json").unlink()
+        given = {"bos": "<s>", "eos": "</s>", **given}
+    coder = open_tokenizer(str(folder), **given)
+    coder.save(tmp_path)
+    again = open_tokenizer(str(tmp_path))
+    assert (again.bos, again.eos) == (coder.bos, coder.eos)
+    assert again.fingerprint == coder.fingerprint
+    text = "the quick <s> fox"
+    assert again.encode([text])[0].tolist() == coder.encode([text])[0].tolist()
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert written.get("kept") == (1 if config else None)
+    if config and not given:
+        assert written["eos_token"] == {"content": "</s>", "lstrip": False}
+
+
+def test_a_saved_tokenizer_opens_in_transformers(folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    (folder / "tokenizer_config.json").unlink()
+    coder = open_tokenizer(str(folder / "tokenizer.json"), bos="<s>", eos="</s>")
+    coder.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (coder.bos, coder.eos)
+    texts = ["the quick brown fox", "lazy\n\ndog é"]
+    found = theirs(texts, add_special_tokens=False)["input_ids"]
+    assert found == [ids.tolist() for ids in coder.encode(texts)]
+
+
+def test_fingerprints_tell_tokenizers_apart(folder, tmp_path):
+    same = open_tokenizer(str(folder)).fingerprint
+    shutil.copytree(folder, tmp_path / "copy")
+    assert open_tokenizer(str(tmp_path / "copy")).fingerprint == same
+    other = open_tokenizer(str(folder), bos="<pad>").fingerprint
+    bpe(vocab_size=270).save(str(folder / "tokenizer.json"))
+    smaller = open_tokenizer(str(folder)).fingerprint
+    assert len({same, other, smaller, ByteTokenizer().fingerprint}) == 4
+
+
+def test_what_bytes_is_opened_from(tmp_path, folder):
+    ByteTokenizer().save(tmp_path)
+    assert isinstance(open_tokenizer("bytes"), ByteTokenizer)
+    assert isinstance(open_tokenizer(str(tmp_path)), ByteTokenizer)
+    assert isinstance(open_tokenizer(str(tmp_path / "tokenizer.json")), ByteTokenizer)
+    assert isinstance(open_tokenizer(str(folder)), JsonTokenizer)
+    assert isinstance(open_tokenizer(str(folder / "tokenizer.json")), JsonTokenizer)
+
+
+def test_256_letters_in_another_order_are_not_bytes(tmp_path):
+    ByteTokenizer().save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    written = json.loads(path.read_text())
+    written["model"]["vocab"] = {k: 255 - v for k, v in written["model"]["vocab"].items()}
+    path.write_text(json.dumps(written))
+    assert open_tokenizer(str(tmp_path)).encode(["abc"])[0].tolist() == [158, 157, 156]
+
+
+def test_bytes_with_another_bos_are_refused():
+    with pytest.raises(ValueError, match="leave --bos and --eos out"):
+        open_tokenizer("bytes", bos="<s>")
+
+
+@pytest.mark.parametrize("name", ["missing", "folder", "byte"])
+def test_a_missing_tokenizer_is_one_line(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(
+        ValueError, match=r"not found; expected 'bytes', a tokenizer\.json or its folder"
+    ):
+        open_tokenizer(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": {}}', '{"model": 3}'])
+def test_a_broken_tokenizer_json_is_named(folder, text):
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer\.json: "):
+        open_tokenizer(str(folder))

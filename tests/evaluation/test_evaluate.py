@@ -1,0 +1,193 @@
+"""The table of `evaluate` against a loop over the held-out tokens, read without our own reader."""
+
+import json
+import math
+import shutil
+import struct
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from training import runs
+
+from lit_longctx.checkpoint import export_pretrained
+from lit_longctx.evaluation.evaluate import evaluate
+from lit_longctx.generate import reading
+from lit_longctx.model import Llama, LlamaConfig
+from lit_longctx.position import RoPE
+
+WINDOW, WINDOWS = 512, 4
+EDGES = [0, 128, 256, 512]
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+CONFIG = LlamaConfig(
+    vocab_size=258,
+    num_hidden_layers=2,
+    max_position_embeddings=256,
+    bos_token_id=256,
+    eos_token_id=257,
+    **SHAPE,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two prepared folders with documents shorter and longer than a window."""
+    folder = tmp_path_factory.mktemp("data")
+    short = runs.documents(seed=3, number=120)
+    long = [" ".join(runs.documents(seed=4 + i, number=4)) for i in range(40)]
+    return [
+        str(runs.prepare(folder / name, texts))
+        for name, texts in (("short", short), ("long", long))
+    ]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Llama]:
+    """Two models by the Hugging Face folder they are stored in."""
+    folder = tmp_path_factory.mktemp("models")
+    found = {}
+    for name, theta, seed in (("short_context", 1e4, 0), ("long_context", 1e5, 1)):
+        torch.manual_seed(seed)
+        llama = Llama(CONFIG, RoPE(theta)).eval()
+        found[str(export_pretrained(llama, folder / name))] = llama
+    return found
+
+
+@pytest.fixture(scope="module")
+def result(
+    models: dict[str, Llama], data: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
+    output = tmp_path_factory.mktemp("evaluation") / "both"
+    found = evaluate(list(models), data, str(output), window=WINDOW, windows=WINDOWS, device="cpu")
+    return found, output
+
+
+def held_out_tokens(folder: str) -> Tensor:
+    """Return the held-out stream, from litdata's files: count, offsets, then the tokens."""
+    split = Path(folder) / "held_out"
+    parts = []
+    for number in range(len(list(split.glob("*.bin")))):
+        content = (split / f"chunk-0-{number}.bin").read_bytes()
+        items, begin, end = struct.unpack("<3I", content[:12])
+        assert (items, end) == (1, len(content))
+        parts.append(np.frombuffer(content[begin:end], np.uint16))
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+@torch.no_grad()
+def nats_by_place(llama: Llama, folder: str) -> list[tuple[int, float]]:
+    """(place, nats) of every target in evenly spread windows, a document at a time."""
+    stream = held_out_tokens(folder)
+    last = (len(stream) - 1) // WINDOW - 1
+    found = []
+    for i in range(WINDOWS):
+        begin = round(last * i / (WINDOWS - 1)) * WINDOW
+        window = stream[begin : begin + WINDOW + 1]
+        starts = sorted({0, *(window[:-1] == 256).nonzero().flatten().tolist()})
+        for start, end in zip(starts, [*starts[1:], WINDOW], strict=True):
+            document = window[start : end + 1]
+            nats = -llama.logits(reading(document[None, :-1]))[0].log_softmax(-1)
+            for place, token in enumerate(document[1:].tolist()):
+                if token != 256:
+                    found.append((place, float(nats[place, token])))
+    return found
+
+
+def test_numbers_are_those_of_a_loop_over_the_held_out_tokens(
+    result: tuple[dict[str, Any], Path], models: dict[str, Llama], data: list[str]
+):
+    found, _ = result
+    assert found["edges"] == EDGES
+    assert set(found["loss"]) == set(models)
+    means = {}
+    for name, llama in models.items():
+        tokens = [pair for folder in data for pair in nats_by_place(llama, folder)]
+        buckets = [
+            [nats for place, nats in tokens if low <= place < high] for low, high in pairwise(EDGES)
+        ]
+        assert found["targets"] == [len(bucket) for bucket in buckets]
+        means[name] = [sum(bucket) / len(bucket) for bucket in buckets]
+        assert found["loss"][name] == pytest.approx(means[name], rel=1e-5)
+        mean = sum(nats for _, nats in tokens) / len(tokens)
+        assert found["overall"][name] == pytest.approx(mean, rel=1e-5)
+    before, after = (means[name] for name in models)
+    number = found["targets"]
+    inside = sum((b - a) * n for b, a, n in zip(before[:2], after[:2], number[:2], strict=True))
+    assert found["gain"]["inside"] == pytest.approx(inside / sum(number[:2]), abs=1e-5)
+    assert found["gain"]["beyond"] == pytest.approx(before[2] - after[2], abs=1e-5)
+
+
+def test_files_hold_what_was_returned(result: tuple[dict[str, Any], Path]):
+    found, output = result
+    assert json.loads((output / "results.json").read_text()) == found
+    table = (output / "loss_by_position.md").read_text()
+    for name, values in found["loss"].items():
+        assert name in table
+        assert all(f"{value:.4f}" in table for value in values)
+    assert f"| 128–256 | {found['targets'][1]:,.0f} |" in table
+    png = (output / "loss_by_position.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert len(png) > 1000
+
+
+def test_a_second_look_finds_the_same_numbers(
+    result: tuple[dict[str, Any], Path], models: dict[str, Llama], data: list[str], tmp_path: Path
+):
+    again = evaluate(
+        list(models), data, str(tmp_path / "again"), window=WINDOW, windows=WINDOWS, device="cpu"
+    )
+    assert again == result[0]
+
+
+def test_places_that_no_document_reaches_are_null_in_the_file(
+    models: dict[str, Llama], data: list[str], tmp_path: Path
+):
+    short, _ = data
+    name = next(iter(models))
+    found = evaluate([name], [short], str(tmp_path), window=1024, windows=2, device="cpu")
+    assert math.isnan(found["loss"][name][-1])
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    stored = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert stored["loss"][name][-1] is None
+    assert stored["targets"][-1] == 0
+
+
+@pytest.mark.parametrize("window", [256, 512])
+def test_where_nothing_lies_beyond_the_trained_length_no_gain_is_told(
+    window: int, models: dict[str, Llama], tmp_path: Path
+):
+    texts = [text[:200] for text in runs.documents(seed=5, number=120)]
+    data = runs.prepare(tmp_path / "brief", texts)
+    output = tmp_path / "evaluation"
+    found = evaluate(list(models), [str(data)], str(output), window=window, windows=2, device="cpu")
+    assert list(found["gain"]) == ["inside"]
+    assert "beyond" not in (output / "loss_by_position.md").read_text()
+
+
+def test_folders_of_the_same_name_are_refused(
+    models: dict[str, Llama], data: list[str], tmp_path: Path
+):
+    other = shutil.copytree(data[1], tmp_path / "short")
+    with pytest.raises(ValueError, match="two data folders are named short"):
+        evaluate(list(models), [data[0], str(other)], str(tmp_path / "out"), window=WINDOW)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_fewer_tokens_than_the_data_is_refused(data: list[str], tmp_path: Path):
+    llama = Llama(LlamaConfig(vocab_size=200, num_hidden_layers=1, **SHAPE), RoPE())
+    folder = export_pretrained(llama, tmp_path / "small")
+    with pytest.raises(ValueError, match=r"vocabulary of 258, larger than .* 200"):
+        evaluate([str(folder)], data, str(tmp_path / "out"), window=WINDOW)
+
+
+def test_a_split_shorter_than_the_window_is_refused(models: dict[str, Llama], tmp_path: Path):
+    tiny = runs.prepare(tmp_path / "tiny", runs.documents(seed=9, number=8), held_out=0.5)
+    with pytest.raises(ValueError, match="held-out split of tiny is shorter than a window of 4096"):
+        evaluate(list(models), [str(tiny)], str(tmp_path / "out"), window=4096)

@@ -1,0 +1,432 @@
+"""The command line: what it refuses in one line, what it prints, what a run leaves behind."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from training import runs
+
+from lit_longctx import manifest
+from lit_longctx.checkpoint import export_pretrained, load_pretrained
+from lit_longctx.cli import VERBS
+from lit_longctx.model import Llama, LlamaConfig
+from lit_longctx.position import RoPE
+
+
+def error(ran: runs.Ran) -> str:
+    """Return the one line of a refusal."""
+    assert ran.code == 1
+    (line,) = ran.err.splitlines()
+    prefix = "lit_longctx: error: "
+    assert line.startswith(prefix)
+    assert len(line) < 500
+    return line.removeprefix(prefix)
+
+
+def started(*arguments: str) -> tuple[subprocess.CompletedProcess, float]:
+    """Run the installed command in a process of its own; return its seconds too."""
+    command = Path(sys.executable).with_name("lit_longctx")
+    begin = time.monotonic()
+    ran = subprocess.run([command, *arguments], capture_output=True, text=True, timeout=60)
+    return ran, time.monotonic() - begin
+
+
+# ---- help
+
+
+def test_help_lists_the_verbs_within_two_seconds():
+    ran, seconds = started("--help")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert all(re.search(rf"^  {verb} ", ran.stdout, re.MULTILINE) for verb in VERBS)
+    assert seconds < 2
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from lit_longctx.cli import main; main(['--help']); print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = ran.stdout.splitlines()[-1].split()
+    assert "lit_longctx.cli" in modules
+    assert not {"torch", "lightning", "jsonargparse", "litdata"} & set(modules)
+
+
+@pytest.mark.parametrize("verb", ["fit", "prepare", "evaluate", "export", "generate"])
+def test_a_verbs_help_explains_its_options(verb: str):
+    ran = runs.run(verb, "--help").succeeded()
+    assert ran.err == ""
+    assert "--config" in ran.out
+    assert verb == "fit" or "(required" in ran.out
+
+
+# ---- refusals
+
+
+def test_the_installed_command_refuses_in_one_line():
+    ran, _ = started("fit", "--config", str(runs.config()), "--trainer.foo", "3")
+    assert ran.returncode == 1
+    assert ran.stderr == "lit_longctx: error: unrecognized arguments: --trainer.foo 3\n"
+
+
+def test_debug_shows_the_traceback():
+    ran = runs.run("fly", "--debug")
+    assert ran.code == 1
+    assert "Traceback" in ran.err
+    assert ran.err.splitlines()[-1].startswith("ValueError: verb 'fly' unknown")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprits"),
+    [
+        (["fly"], ["verb 'fly' unknown", "fit, validate, test, prepare"]),
+        (["synthesize"], ["synthesize is not there yet"]),
+        (["plan", "--config", "x"], ["plan is not there yet"]),
+        (["fit"], ["required", "model"]),
+        (["fit", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["prepare", "--foo", "3"], ["--foo"]),
+        (["prepare", "--output", "x"], ["required", "input"]),
+        (["prepare", "--input", "[nowhere.jsonl]", "--output", "x"], ["nowhere.jsonl"]),
+        (["export", "--checkpoint", "nowhere", "--output", "x"], ["nowhere does not exist"]),
+        (["generate", "--checkpoint", "nowhere", "--prompt", "x"], ["nowhere does not exist"]),
+        (
+            ["evaluate", "--checkpoint", "[x]", "--data", "[nowhere]", "--output", "x"],
+            ["nowhere does not exist"],
+        ),
+    ],
+)
+def test_a_verb_refuses_in_one_line(arguments: list[str], culprits: list[str], tmp_path: Path):
+    message = error(runs.run(*arguments, folder=tmp_path))
+    assert all(culprit in message for culprit in culprits), message
+
+
+WINDOW, BATCH_TOKENS = ["--data.init_args.window"], ["--data.init_args.batch_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("options", "culprits"),
+    [
+        (["--trainer.foo", 3], ["--trainer.foo"]),
+        (["--model.init_args.foo", 3], ["ContinualPretrain", "'foo' is not accepted"]),
+        (["--model.init_args.position", "Foo"], ["position", "no class named Foo"]),
+        (
+            ["--model.init_args.position", "RoPE", "--model.init_args.position.init_args.base", 3],
+            ["RoPE", "'base' is not accepted"],
+        ),
+        (["--model.init_args.learning_rate", "fast"], ["learning_rate", "fast"]),
+        (["--model.init_args.config.num_hidden_layers", "null"], ["num_hidden_layers"]),
+        (["--model.init_args.config.num_key_value_heads", 3], ["num_key_value_heads 3"]),
+        (["--model.init_args.config.vocab_size", 200], ["258", "200"]),
+        (["--model.init_args.checkpoint", "nowhere"], ["either a checkpoint"]),
+        (["--data.init_args.sources", "{a: {folder: nowhere}}"], ["data folder nowhere"]),
+        ([*WINDOW, 8192, *BATCH_TOKENS, 8192], ["window 8192 exceeds chunk of 4096", "prepare"]),
+        ([*WINDOW, 100, *BATCH_TOKENS, 800], ["window 100", "256"]),
+        ([*BATCH_TOKENS, 1000], ["batch_tokens 1000", "window 256"]),
+        (["--trainer.max_steps", -1], ["max_steps"]),
+        (["--ckpt_path", "nowhere"], ["checkpoint nowhere does not exist"]),
+        (["--checkpoints.keep", 0], ["keep 0"]),
+        (["--model.init_args.learning_rate", 1e30], ["step 1", "samples 8 to 15", "as before"]),
+    ],
+)
+def test_fit_refuses_in_one_line(options: list[Any], culprits: list[str], tmp_path: Path):
+    message = error(runs.fit(tmp_path / "run", *options))
+    assert all(culprit in message for culprit in culprits), message
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "culprit"),
+    [
+        (("model", "init_args"), "Option 'foo' is not accepted"),
+        (("model", "init_args", "config"), "Option 'foo' is not accepted"),
+        (("data", "init_args"), "Option 'foo' is not accepted"),
+        (("trainer",), "trainer.foo"),
+        ((), "foo"),
+    ],
+)
+def test_an_unknown_key_in_the_yaml_is_refused_by_name(
+    place: tuple[str, ...], culprit: str, tmp_path: Path
+):
+    content = yaml.safe_load(runs.config().read_text())
+    part = content
+    for key in place:
+        part = part[key]
+    part["foo"] = 3
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(yaml.safe_dump(content))
+    assert culprit in error(runs.run("fit", "--config", bad, folder=tmp_path))
+
+
+def test_yaml_that_does_not_parse_is_refused_with_its_line(tmp_path: Path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("model:\n  class_path: ContinualPretrain\n init_args: {}\n")
+    assert "line 3" in error(runs.run("fit", "--config", bad, folder=tmp_path))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_altered_chunk_is_refused_by_file(workers: int, tmp_path: Path):
+    folder = Path(shutil.copytree(runs.sources()["code"]["folder"], tmp_path / "code"))
+    chunk = folder / "train" / "chunk-0-0.bin"
+    content = bytearray(chunk.read_bytes())
+    content[-1] ^= 1
+    chunk.write_bytes(content)
+    source = {"code": {"folder": str(folder), "weight": 1.0}}
+    options = ["--data.init_args.sources", json.dumps(source)]
+    ran = runs.fit(tmp_path / "run", *options, "--data.init_args.num_workers", workers)
+    assert error(ran).startswith(f"{chunk} is altered")
+
+
+# ---- starting from a checkpoint
+
+SHAPE = LlamaConfig(
+    vocab_size=258,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=512,
+    bos_token_id=256,
+    eos_token_id=257,
+)
+
+
+@pytest.fixture
+def hugging_face(tmp_path: Path) -> Path:
+    """A Hugging Face folder of random weights with theta 5e5."""
+    llama = Llama(SHAPE, RoPE(theta=5e5))
+    return export_pretrained(llama, tmp_path / "hugging_face")
+
+
+def start_from(checkpoint: Path, folder: Path, *options: Any) -> runs.Ran:
+    """Train one step from a checkpoint."""
+    return runs.fit(
+        *(folder, "--model.init_args.config", "null"),
+        *("--model.init_args.checkpoint", checkpoint, "--trainer.max_steps", 1, *options),
+    )
+
+
+def theta_in(folder: Path) -> float:
+    """Theta with which a run was trained, by its checkpoint."""
+    description = json.loads((folder / "checkpoints" / "step-00000001" / "model.json").read_text())
+    return description["position"]["init_args"]["theta"]
+
+
+@pytest.mark.parametrize(
+    ("options", "theta", "from_checkpoint"),
+    [
+        pytest.param([], 5e5, False, id="no position"),
+        pytest.param(["--model.init_args.position", "RoPE"], 5e5, True, id="RoPE"),
+        pytest.param(
+            ["--model.init_args.position", "{class_path: RoPE}"], 5e5, True, id="class_path only"
+        ),
+        pytest.param(
+            ["--model.init_args.position", "{class_path: RoPE, init_args: {theta: 2e6}}"],
+            2e6,
+            False,
+            id="theta given",
+        ),
+        pytest.param(
+            ["--model.init_args.position", "RoPE", "--model.init_args.position.theta", "1e4"],
+            1e4,
+            False,
+            id="theta given as the default",
+        ),
+    ],
+)
+def test_theta_left_open_is_the_checkpoints(
+    options: list[str], theta: float, from_checkpoint: bool, hugging_face: Path, tmp_path: Path
+):
+    ran = start_from(hugging_face, tmp_path / "run", *options).succeeded()
+    assert theta_in(tmp_path / "run") == theta
+    assert re.search(rf"^position: (.* → )?RoPE\(theta={theta:.1f}\)$", ran.out, re.MULTILINE)
+    assert (f"position: theta 500000 from {hugging_face}" in ran.out) == from_checkpoint
+
+
+@pytest.mark.parametrize("given", [None, 1e4])
+def test_theta_of_a_config_file_left_open_is_the_checkpoints(
+    given: float | None, hugging_face: Path, tmp_path: Path
+):
+    content = yaml.safe_load(runs.config().read_text())
+    arguments = {} if given is None else {"theta": given}
+    content["model"]["init_args"]["position"] = {"class_path": "RoPE", "init_args": arguments}
+    content["model"]["init_args"]["checkpoint"] = str(hugging_face)
+    del content["model"]["init_args"]["config"]
+    content["trainer"]["max_steps"] = 1
+    content["trainer"]["default_root_dir"] = str(tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    runs.run("fit", "--config", tmp_path / "run.yaml", folder=tmp_path).succeeded()
+    assert theta_in(tmp_path / "run") == (given or 5e5)
+
+
+def test_a_run_folder_is_a_start_too(tmp_path: Path):
+    ran = start_from(runs.alone().folder, tmp_path / "run").succeeded()
+    newest = runs.alone().folder / "checkpoints" / "step-00000030"
+    assert f"35,104 parameters from {newest}" in ran.out
+    assert sorted(runs.witnessed(tmp_path / "run")) == [1]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "NaN"])
+def test_a_bad_start_is_refused(damage: str, hugging_face: Path, tmp_path: Path):
+    weights = hugging_face / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+        expected = f"{weights} is torn"
+    else:
+        llama = load_pretrained(hugging_face)
+        torch.nn.init.constant_(llama.model.norm.weight, float("nan"))
+        shutil.rmtree(hugging_face)
+        export_pretrained(llama, hugging_face)
+        expected = "step 0: loss nan"
+    assert error(start_from(hugging_face, tmp_path / "run")).startswith(expected)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "culprits"),
+    [
+        (["config.num_hidden_layers", 1], ["num_hidden_layers 1", "2"]),
+        (["config.intermediate_size", 48], ["intermediate_size 48", "64"]),
+        (["position", "{class_path: RoPE, init_args: {theta: 2e4}}"], ["theta=20000", "10000"]),
+        (["position", "TransformerXL"], ["TransformerXL", "RoPE"]),
+    ],
+)
+def test_resuming_another_model_is_refused(options: list[Any], culprits: list[str], tmp_path: Path):
+    folder = Path(shutil.copytree(runs.alone().folder, tmp_path / "run"))
+    key, value = options
+    changed = [f"--model.init_args.{key}", value, "--trainer.max_steps", 40]
+    message = error(runs.fit(folder, "--ckpt_path", "last", *changed))
+    assert f"{folder / 'checkpoints' / 'step-00000030'} is of another model" in message
+    assert all(culprit in message for culprit in culprits), message
+
+
+def test_validating_under_a_scheme_whose_weights_are_not_there_is_refused(tmp_path: Path):
+    checkpoint = runs.alone().folder / "checkpoints" / "step-00000020"
+    given = ["--config", runs.config(), "--trainer.default_root_dir", tmp_path]
+    scheme = ["--model.init_args.position", "TransformerXL"]
+    ran = runs.run("validate", *given, *scheme, "--ckpt_path", checkpoint)
+    assert "layers.0.self_attn.position" in error(ran)
+
+
+# ---- what a run leaves
+
+
+def test_a_run_folder_holds_config_events_tokenizer_and_checkpoints():
+    folder = runs.alone().folder
+    names = {re.sub(r"events\..*", "events", p.name) for p in folder.iterdir()}
+    expected = {"config.yaml", "events", "tokenizer", "checkpoints"}
+    assert expected <= names
+    assert {p.name for p in (folder / "tokenizer").iterdir()} >= {"tokenizer.json"}
+    newest = folder / "checkpoints" / "step-00000030"
+    assert manifest.verify(newest)["files"].keys() >= {".metadata", "meta.pt", "model.json"}
+
+
+def test_the_run_folders_config_is_the_resolved_one():
+    content = yaml.safe_load((runs.alone().folder / "config.yaml").read_text())
+    assert content["model"]["class_path"].endswith(".ContinualPretrain")
+    assert content["model"]["init_args"]["weight_decay"] == 0.1  # a default, written out
+    assert content["model"]["init_args"]["learning_rate"] == 3e-3
+    assert content["data"]["init_args"]["window"] == runs.WINDOW
+    assert content["trainer"]["max_steps"] == 30
+    assert content["checkpoints"] == {"every_n_steps": 10, "keep": 9}
+
+
+def test_a_run_repeats_from_the_config_it_left(tmp_path: Path):
+    left = runs.alone().folder / "config.yaml"
+    run = ["--trainer.default_root_dir", tmp_path, "--trainer.max_steps", 30]
+    runs.run("fit", "--config", left, *run, folder=tmp_path).succeeded()
+    assert runs.witnessed(tmp_path) == runs.witnessed(runs.alone().folder)
+
+
+def test_metrics_have_the_contracts_names():
+    tags = runs.scalars(runs.alone().folder)
+    every_step = {f"train/{name}" for name in ("loss", "grad_norm", "lr", "tokens")}
+    held_out = {"val/loss", "val/ppl", "val/loss_pos/0-128", "val/loss_pos/128-256"}
+    by_source = {"val/loss_source/prose", "val/loss_source/code"}
+    speed = {"perf/tokens_per_s_per_gpu", "perf/data_wait_pct"}
+    assert set(tags) == every_step | held_out | by_source | speed | {"epoch"}
+    seen = runs.witnessed(runs.alone().folder)
+    for name in every_step:
+        values = [getattr(seen[step], name.removeprefix("train/")) for step in sorted(seen)]
+        assert tags[name] == list(enumerate(values))
+    assert tags["train/tokens"][-1] == (29, 30 * runs.BATCH * runs.WINDOW)
+    perplexity, loss = tags["val/ppl"][-1][1], tags["val/loss"][-1][1]
+    assert perplexity == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-6)
+
+
+def test_validate_finds_what_fit_logged(tmp_path: Path):
+    checkpoint = runs.alone().folder / "checkpoints" / "step-00000020"
+    given = ["--config", runs.config(), "--trainer.default_root_dir", tmp_path]
+    ran = runs.run("validate", *given, "--ckpt_path", checkpoint).succeeded()
+    assert ran.err == ""
+    (found,) = runs.scalars(tmp_path)["val/loss"]
+    assert found[1] == dict(runs.scalars(runs.alone().folder)["val/loss"])[19]
+    assert f"held-out loss {found[1]:.4f}" in ran.out
+
+
+def test_printed_config_fed_back_prints_itself(tmp_path: Path):
+    first = runs.run("fit", "--config", runs.config(), "--print_config").succeeded()
+    (tmp_path / "printed.yaml").write_text(first.out)
+    second = runs.run("fit", "--config", tmp_path / "printed.yaml", "--print_config").succeeded()
+    assert second.out == first.out
+    assert yaml.safe_load(first.out)["model"]["init_args"]["learning_rate"] == 3e-3
+    assert first.err == second.err == ""
+
+
+def test_a_run_prints_nothing_but_its_progress():
+    ran = runs.alone()
+    assert ran.err == ""
+    lines = ran.out.splitlines()
+    assert lines[:2] == [
+        "model: 35,104 parameters from random weights",
+        "position: RoPE(theta=10000.0)",
+    ]
+    steps = [line for line in lines if re.match(r"step \d+/30  loss \d\.\d{4}  grad ", line)]
+    assert [line.split("/")[0] for line in steps] == ["step 10", "step 20", "step 30"]
+    assert lines[-1] == f"wrote {ran.folder} (checkpoint step-00000030)"
+
+
+# ---- the other verbs
+
+
+def test_doctor_tells_versions_and_kernels():
+    ran = runs.run("doctor").succeeded()
+    assert ran.err == ""
+    assert f"torch {torch.__version__.split('+')[0]}" in ran.out
+    assert "attn_implementation sdpa: ready" in ran.out
+
+
+def test_export_and_generate_say_where_they_wrote_what(tmp_path: Path):
+    exported = runs.run(
+        *("export", "--checkpoint", runs.alone().folder, "--output", tmp_path / "hf")
+    ).succeeded()
+    assert exported.err == ""
+    assert exported.out.splitlines()[-1] == f"wrote {tmp_path / 'hf'}"
+    given = ["--prompt", "ab", "--max_new_tokens", 8]
+    from_run, from_export = (
+        runs.run("generate", "--checkpoint", folder, *given).succeeded()
+        for folder in (runs.alone().folder, tmp_path / "hf")
+    )
+    assert from_run.err == ""
+    assert from_run.out.startswith("ab")
+    assert from_run.out == from_export.out
+
+
+def test_evaluate_reads_its_options_from_a_file(tmp_path: Path):
+    options = {
+        "checkpoint": [str(runs.alone().folder)],
+        "data": [runs.sources()["prose"]["folder"]],
+        "output": str(tmp_path / "evaluation"),
+        "window": 512,
+        "windows": 3,
+    }
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(options))
+    ran = runs.run("evaluate", "--config", tmp_path / "evaluate.yaml").succeeded()
+    assert ran.err == ""
+    assert f"wrote {tmp_path}/evaluation/results.json" in ran.out
+    assert os.path.getsize(tmp_path / "evaluation" / "loss_by_position.png") > 1000

@@ -1,0 +1,124 @@
+"""Every shipped config, by the parsers that run it; its data and checkpoint need not be there."""
+
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+
+from lit_longctx import cli
+from lit_longctx.model import Llama
+from lit_longctx.position import LongRoPE, NTKAware
+from lit_longctx.training import fit
+from lit_longctx.training.module import LanguageModule
+
+CONFIGS = {path.stem: path for path in (Path(__file__).parents[1] / "config").glob("*.yaml")}
+CONTENT = {name: yaml.safe_load(path.read_text()) for name, path in sorted(CONFIGS.items())}
+RUNS = [name for name, content in CONTENT.items() if "model" in content]
+OTHERS = [name for name in CONTENT if name not in RUNS]
+
+LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+CHECKPOINTS = {
+    "checkpoints/llama2-7b": {
+        **LLAMA,
+        "vocab_size": 32_000,
+        "intermediate_size": 11_008,
+        "max_position_embeddings": 4096,
+        "rope_theta": 10_000.0,
+    },
+    "checkpoints/llama3-8b-instruct": {
+        **LLAMA,
+        "vocab_size": 128_256,
+        "intermediate_size": 14_336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500_000.0,
+    },
+}
+"""config.json of what configs start from, besides runs of other configs."""
+
+
+class Parsed(fit.CLI):
+    """The real command line, stopped before it builds anything."""
+
+    def before_instantiate_classes(self):
+        pass
+
+    def instantiate_classes(self):
+        pass
+
+    def _run_subcommand(self, subcommand):
+        Parsed.last = self
+
+
+def config_json(checkpoint):
+    """What the checkpoint's config.json would say."""
+    if checkpoint in CHECKPOINTS:
+        return CHECKPOINTS[checkpoint]
+    return CONTENT[Path(checkpoint).name]["model"]["init_args"]["config"]
+
+
+@pytest.fixture
+def options(request, monkeypatch, tmp_path):
+    """Options of one run, its checkpoint replaced by a folder that holds config.json alone."""
+    monkeypatch.setattr(fit, "CLI", Parsed)
+    monkeypatch.setattr("sys.argv", ["lit_longctx"])  # Lightning warns of pytest's arguments
+    fit.fit(["fit", "--config", str(CONFIGS[request.param])])
+    command = Parsed.last
+    model = command.config.fit.model
+    if checkpoint := model.init_args.checkpoint:
+        (tmp_path / "config.json").write_text(json.dumps(config_json(checkpoint)))
+        model.init_args.checkpoint = str(tmp_path)
+        fit.inherit_position(model, command.given.fit.model)
+    return command.config.fit
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_first_line_says_what_and_which_paper(name):
+    first = CONFIGS[name].read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert re.search(r"\(.*(\d{4}|no paper).*\)", first), first
+
+
+@pytest.mark.parametrize("options", RUNS, indirect=True)
+def test_a_run_fits_together(options):
+    model, data, trainer = options.model, options.data.init_args, options.trainer
+    assert data.window % 256 == 0
+    assert data.batch_tokens % (data.window * data.micro_batch_size) == 0
+    weights = [source.weight for source in data.sources.values()]
+    assert weights == [None] * len(weights) or sum(weights) == pytest.approx(1)
+    assert trainer.max_steps > 0
+    assert trainer.default_root_dir.startswith("runs/")
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LanguageModule, "model")
+    module = parser.instantiate(parser.parse_object({"model": model})).model
+    with torch.device("meta"):
+        llama = Llama(module.config, module.position)  # flash-attn need not be installed
+    assert all(parameter.is_meta for parameter in llama.parameters())
+    places = torch.tensor([[0, data.window - 1]])
+    assert module.position.encode(places, module.config.head_width).isfinite().all()
+
+
+def test_the_placeholder_divisors_follow_the_rule_beside_them():
+    position = CONTENT["longrope_128k"]["model"]["init_args"]["position"]["init_args"]
+    found = LongRoPE(**position).frequencies(128, length=131_072)
+    torch.testing.assert_close(found, NTKAware(factor=32).frequencies(128), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_verbs_take_their_config(name):
+    verb = name.rsplit("_", 1)[-1]
+    function = cli._function(verb)
+    taken = {}
+
+    def take(**options):
+        taken.update(options)
+
+    take.__signature__ = inspect.signature(function)
+    cli.call(take, verb, ["--config", str(CONFIGS[name])])
+    assert CONTENT[name].items() <= taken.items()

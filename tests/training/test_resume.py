@@ -1,0 +1,147 @@
+"""A run that was cut off goes on as if it had not been."""
+
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import runs
+
+from lit_longctx.checkpoint import load_pretrained, newest_whole
+
+START = 10
+"""Step whose checkpoint the runs here go on from; 20 more follow."""
+
+
+def resume(folder: Path, start: runs.Ran, *options: Any, ranks: int = 1) -> dict[int, runs.Entry]:
+    """Go on from another run's step 10 and return what was seen from step 11 on."""
+    checkpoint = start.folder / "checkpoints" / f"step-{START:08d}"
+    ran = runs.fit(folder, "--ckpt_path", checkpoint, *options, ranks=ranks).succeeded()
+    assert ran.err == ""
+    return runs.witnessed(folder)
+
+
+def after_start(ran: runs.Ran) -> dict[int, runs.Entry]:
+    return {step: e for step, e in runs.witnessed(ran.folder).items() if step > START}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_same_layout_goes_on_equal_in_every_digit(workers: int, tmp_path: Path):
+    found = resume(tmp_path, runs.alone(), "--data.init_args.num_workers", workers)
+    assert found == after_start(runs.alone())
+    ours, uninterrupted = (load_pretrained(f) for f in (tmp_path, runs.alone().folder))
+    for name, weight in uninterrupted.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], weight), name
+    held_out, expected = (runs.scalars(f)["val/loss"] for f in (tmp_path, runs.alone().folder))
+    assert held_out == expected[1:]
+
+
+def test_same_layout_of_two_processes_goes_on_equal_in_every_digit(tmp_path: Path):
+    assert resume(tmp_path, runs.together(), ranks=2) == after_start(runs.together())
+
+
+@pytest.mark.parametrize(
+    ("before", "ranks", "micro_batch_size", "workers"),
+    [
+        pytest.param(2, 1, 4, 0, id="2 processes to 1"),
+        pytest.param(1, 2, 4, 2, id="1 process to 2 with loader workers"),
+        pytest.param(1, 1, 1, 0, id="micro-batches of 1"),
+        pytest.param(1, 1, 8, 2, id="micro-batches of 8 with loader workers"),
+        pytest.param(2, 1, 3, 0, id="micro-batches of 3, 3 and 2"),
+    ],
+)
+def test_other_layout_goes_on_with_the_same_samples_and_losses(
+    before: int, ranks: int, micro_batch_size: int, workers: int, tmp_path: Path
+):
+    start = runs.alone() if before == 1 else runs.together()
+    layout = ("micro_batch_size", micro_batch_size), ("num_workers", workers)
+    options = [part for key, value in layout for part in (f"--data.init_args.{key}", value)]
+    found = resume(tmp_path, start, *options, ranks=ranks)
+    expected = after_start(runs.alone())
+    assert runs.samples(found) == runs.samples(expected)
+    difference = runs.largest_difference(runs.losses(found), runs.losses(expected))
+    print(f"{before} to {ranks}, micro-batch {micro_batch_size}: loss differs by {difference:.1e}")
+    assert difference <= 1e-6
+
+
+def test_another_batch_size_goes_on_with_the_next_sample(tmp_path: Path):
+    found = resume(tmp_path, runs.alone(), "--data.init_args.batch_tokens", 4 * runs.WINDOW)
+    rows = [row for step in runs.samples(found) for row in step]
+    same = [row for step in runs.samples(after_start(runs.alone())) for row in step]
+    assert rows == same[: len(rows)]
+    assert len(rows) == 4 * 20
+    assert found[30].tokens == (80 + 80) * runs.WINDOW
+
+
+def test_last_in_an_empty_folder_begins(tmp_path: Path):
+    ran = runs.fit(tmp_path, "--ckpt_path", "last", "--trainer.max_steps", 3).succeeded()
+    assert f"{tmp_path / 'checkpoints'} holds no checkpoint yet: starting anew" in ran.out
+    beginning = {step: runs.witnessed(runs.alone().folder)[step].rows for step in (1, 2, 3)}
+    assert {step: e.rows for step, e in runs.witnessed(tmp_path).items()} == beginning
+
+
+def test_last_of_a_finished_run_changes_nothing(tmp_path: Path):
+    folder = shutil.copytree(runs.alone().folder, tmp_path / "run")
+    before = {p: p.stat().st_mtime_ns for p in (folder / "checkpoints").rglob("*")}
+    runs.fit(folder, "--ckpt_path", "last").succeeded()
+    assert {p: p.stat().st_mtime_ns for p in (folder / "checkpoints").rglob("*")} == before
+    assert sorted(runs.witnessed(folder)) == list(range(1, 31))
+
+
+# ---- killed at random
+
+STEPS = 200
+KILLS = 10
+
+
+def supervised(folder: Path, kills: int, seed: int, *options: Any) -> None:
+    """Restart a run until it ends; SIGKILL it, workers and all, at random moments."""
+    rng = random.Random(seed)
+    given = runs.fitting(folder, "--trainer.max_steps", STEPS, *options, "--ckpt_path", "last")
+    for _ in range(kills):
+        running = runs.Running(given, folder)
+        begun = entries(folder)
+        patience = rng.uniform(4, 20)  # steps, any part of one included
+        while entries(folder) < begun + int(patience) and running.alive():
+            time.sleep(0.001)
+        time.sleep(patience % 1 * 0.05)
+        assert running.alive(), running.wait()
+        running.kill()
+    assert runs.Running(given, folder).wait().succeeded().err == ""
+
+
+def entries(folder: Path) -> int:
+    witness = folder / "witness-0.jsonl"
+    return len(witness.read_text().splitlines()) if witness.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "every"),
+    [
+        pytest.param(0, 5, id="no loader worker"),
+        pytest.param(2, 5, id="2 loader workers"),
+        pytest.param(0, 1, id="a save in every step"),
+    ],
+)
+def test_random_kills_leave_no_trace(workers: int, every: int, tmp_path: Path):
+    options = ["--data.init_args.num_workers", workers, "--checkpoints.every_n_steps", every]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    runs.fit(whole, "--trainer.max_steps", STEPS, *options).succeeded()
+    supervised(killed, KILLS, 100 * workers + every, *options)
+    restarts = (killed / "witness-0.jsonl").read_text().count("resumed")
+    assert restarts == KILLS + 1
+    found, expected = runs.witnessed(killed), runs.witnessed(whole)
+    seen = [row[0] for step in runs.samples(found) for row in step]
+    lost, repeated = set(range(runs.BATCH * STEPS)) - set(seen), len(seen) - len(set(seen))
+    print(f"{KILLS} kills: {len(lost)} samples lost, {repeated} repeated")
+    assert (lost, repeated) == (set(), 0)
+    assert found == expected
+    ours, uninterrupted = (
+        load_pretrained(newest_whole(f / "checkpoints")) for f in (killed, whole)
+    )
+    for name, weight in uninterrupted.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], weight), name

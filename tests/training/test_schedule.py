@@ -1,0 +1,56 @@
+"""Factors of the learning rate against their closed forms."""
+
+from math import cos, pi, sqrt
+
+import pytest
+
+from lit_longctx.training.schedule import WarmupConstant, WarmupCosine
+
+STEPS = 101
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"),
+    [
+        (0, 1 / 20),
+        (9, 1 / 2),
+        (19, 1.0),  # warm-up ends at the peak
+        (20, 1.0),  # the cosine begins there
+        (20 + 20, 0.1 + 0.9 * (1 + sqrt(1 / 2)) / 2),  # a quarter of its course: cos 45°
+        (20 + 40, 0.55),  # half: midway between 1 and 0.1
+        (20 + 60, 0.1 + 0.9 * (1 - sqrt(1 / 2)) / 2),
+        (100, 0.1),  # the last update
+    ],
+)
+def test_warmup_cosine(step: int, factor: float):
+    schedule = WarmupCosine(warmup_steps=20, final=0.1)
+    assert schedule.factor(step, STEPS) == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("final", [0.0, 0.25])
+def test_cosine_without_warmup_is_the_papers_equation_5(final: float):
+    schedule = WarmupCosine(final=final)
+    for step in range(STEPS):
+        expected = final + 0.5 * (1 - final) * (1 + cos(pi * step / (STEPS - 1)))
+        assert schedule.factor(step, STEPS) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+def test_cosine_stays_at_its_end_beyond_the_run():
+    assert WarmupCosine(final=0.1).factor(STEPS + 50, STEPS) == pytest.approx(0.1, rel=1e-12)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_cosine_of_a_run_as_short_as_its_warmup_is_a_factor(warmup: int, steps: int):
+    factors = [WarmupCosine(warmup_steps=warmup).factor(step, steps) for step in range(steps)]
+    assert all(0 < factor <= 1 for factor in factors)
+    assert factors[:warmup] == [(step + 1) / warmup for step in range(min(warmup, steps))]
+
+
+@pytest.mark.parametrize(("step", "factor"), [(0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (100, 1.0)])
+def test_warmup_constant(step: int, factor: float):
+    assert WarmupConstant(warmup_steps=10).factor(step, STEPS) == pytest.approx(factor, rel=1e-12)
+
+
+def test_constant_without_warmup_is_the_peak_from_the_first_update():
+    assert [WarmupConstant().factor(step, STEPS) for step in (0, 1, 100)] == [1, 1, 1]
