@@ -1,7 +1,7 @@
-"""Ours against transformers' LlamaForCausalLM: tokens per second and memory of one training step.
+"""Ours against transformers' LlamaForCausalLM: speed and memory of one training step.
 
-    python benchmarks/train_step.py                     # the whole table, each cell in its own
-    process python benchmarks/train_step.py --cell ours 8192 16 # one cell: tokens, packed documents
+    python benchmarks/train_step.py                      # the table, each cell in its own process
+    python benchmarks/train_step.py --cell ours 8192 16  # one cell: tokens, packed documents
 
 Same weights, tokens, float32, AdamW update included. Packed rows give transformers a dense
 block-diagonal mask and restarted position_ids. Memory is the peak resident set less what stands

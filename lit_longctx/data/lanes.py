@@ -46,5 +46,9 @@ class Lanes:
         return source, shift + neighbours * self.span + place
 
     def restarts(self, sample: int) -> bool:
-        """Whether the lanes begin anew at this sample's step."""
-        return sample // self.lanes % self.span == 0
+        """Whether a row begins anew in the step that starts with this sample.
+
+        After a change of the batch a step may start within a round of the lanes; then both rounds count.
+        """
+        rounds = (sample // self.lanes, (sample + self.lanes - 1) // self.lanes)
+        return any(number % self.span == 0 for number in rounds)

@@ -57,6 +57,14 @@ def cos_sin(
     return torch.cat([angles.cos(), angles.sin()], dim=-1) * attention_factor
 
 
+def require_context(original_context: int) -> None:
+    """ValueError if a scheme was not told its L; `fit` takes it from the checkpoint beforehand."""
+    if original_context < 1:
+        raise ValueError(
+            "original_context is missing: give the tokens per sequence the model was trained on"
+        )
+
+
 class Rotary(PositionScheme):
     """A scheme that is given by one frequency per pair and a factor on cos and sin."""
 
@@ -139,10 +147,13 @@ class DynamicNTK(Rotary):
     """Rotary base b before scaling."""
     factor: float = field(kw_only=True)
     """s, Hugging Face's `factor`."""
-    original_context: int = field(kw_only=True)
+    original_context: int = field(default=0, kw_only=True)
     """L: tokens per sequence the starting checkpoint was trained on."""
 
     depends_on_length = True
+
+    def __post_init__(self) -> None:
+        require_context(self.original_context)
 
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
         """θ_i of the base for `length` tokens; without a length, of b."""
@@ -178,12 +189,15 @@ class YaRN(Rotary):
     """Rotary base b."""
     factor: float = field(kw_only=True)
     """s: how many times the original context is wanted."""
-    original_context: int = field(kw_only=True)
+    original_context: int = field(default=0, kw_only=True)
     """L: tokens per sequence the starting checkpoint was trained on."""
     beta_fast: float = 32.0
     """Pairs that turn more often than this in L tokens are kept as they are."""
     beta_slow: float = 1.0
     """Pairs that turn less often than this in L tokens are fully interpolated."""
+
+    def __post_init__(self) -> None:
+        require_context(self.original_context)
 
     @property
     def attention_factor(self) -> float:
@@ -219,8 +233,11 @@ class Llama3(Rotary):
     """Pairs with L/λ below this are interpolated."""
     high_freq_factor: float = 4.0
     """Pairs with L/λ above this are kept."""
-    original_context: int = field(kw_only=True)
+    original_context: int = field(default=0, kw_only=True)
     """L; Llama 3: 8,192."""
+
+    def __post_init__(self) -> None:
+        require_context(self.original_context)
 
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
         """t_i·θ_i + (1 − t_i)·θ_i/s, with t the place of L/λ_i between the two factors."""
@@ -246,7 +263,7 @@ class LongRoPE(Rotary):
     """λ_i for documents of up to L tokens, one per pair."""
     long_factor: Sequence[float] = field(kw_only=True)
     """λ_i for longer documents, one per pair."""
-    original_context: int = field(kw_only=True)
+    original_context: int = field(default=0, kw_only=True)
     """L: tokens per sequence the starting checkpoint was trained on."""
     unscaled_tokens: int = 0
     """n̂: so many first places of a document are not interpolated; Hugging Face lacks it."""
@@ -256,6 +273,7 @@ class LongRoPE(Rotary):
     def __post_init__(self) -> None:
         object.__setattr__(self, "short_factor", tuple(self.short_factor))
         object.__setattr__(self, "long_factor", tuple(self.long_factor))
+        require_context(self.original_context)
 
     @property
     def attention_factor(self) -> float:

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import lit_longctx.data.pretraining  # noqa: F401 - makes the classes known by their short names
-from lit_longctx.checkpoint import newest_whole, read_model
+from lit_longctx.checkpoint import newest_whole, read_model, trained_context
 from lit_longctx.training.callbacks import Checkpoints, KeepTokenizer, ProgressLine
 from lit_longctx.training.module import LanguageModule
 from lit_longctx.training.parallel import FSDP2Strategy  # noqa: F401 - likewise
@@ -86,10 +86,10 @@ def inherit_position(model: Any, given: Any) -> None:
     position = model.init_args.get("position")
     if not checkpoint or not position:
         return
-    config, own = read_model(checkpoint)
+    _, own = read_model(checkpoint)
     sources = {
         "theta": getattr(own, "theta", None),
-        "original_context": config.max_position_embeddings,
+        "original_context": getattr(own, "original_context", trained_context(checkpoint)),
     }
     chosen = given.init_args.position.get("init_args") or {}
     for name in INHERITED:

@@ -21,6 +21,15 @@ def test_rows_follow_each_other_until_the_lanes_restart(windows, lanes):
     assert jumps == 3
 
 
+def test_a_step_that_starts_within_a_round_restarts_whenever_one_of_its_rows_jumps():
+    order = Lanes([43], None, seed=1, lanes=4)
+    for begin in range(2, 2 + 4 * 3 * order.span, 4):
+        rows = [order(begin + row) for row in range(4)]
+        before = [order(begin + row - 4) for row in range(4)] if begin > 4 else rows
+        jumps = [a[1] != b[1] + 1 for a, b in zip(rows, before, strict=True)]
+        assert order.restarts(begin) or begin <= 4 or not any(jumps)
+
+
 def test_an_epoch_reads_no_window_twice():
     order = Lanes([100, 31, 50], None, seed=0, lanes=7)
     seen = [order(sample) for sample in range(order.span * 7)]

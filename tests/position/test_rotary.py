@@ -264,3 +264,9 @@ def test_attention_factors_of_the_literature():
     lists = {"short_factor": [1.0], "long_factor": [1.0]}
     found = LongRoPE(factor=4, original_context=4096, **lists).attention_factor
     assert found == pytest.approx(math.sqrt(1 + math.log(4) / math.log(4096)))
+
+
+@pytest.mark.parametrize("scheme", [DynamicNTK, YaRN, Llama3])
+def test_the_original_context_must_be_given(scheme):
+    with pytest.raises(ValueError, match="original_context is missing"):
+        scheme(factor=4)

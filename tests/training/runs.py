@@ -177,7 +177,8 @@ def command(arguments: list[str], log: Path, environment: dict[str, str]) -> Non
     os.setsid()
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT), number)
-    os.environ.update(environment)
+    # more would wait for each other in busy loops, and Lightning sets what is left open
+    os.environ.update(environment, OMP_NUM_THREADS="1")
     multiprocessing.set_start_method("fork", force=True)  # as in a process started by hand
     torch.set_num_threads(1)
     from lit_longctx.cli import main
