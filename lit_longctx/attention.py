@@ -230,6 +230,7 @@ class Varlen(AttentionBackend):
             scale=scale,
             window_size=(-1, 0),
         )
+        assert isinstance(out, Tensor)
         return out.view(q.shape)[..., :value_dim]
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -131,6 +132,7 @@ WINDOW, BATCH_TOKENS = ["--data.init_args.window"], ["--data.init_args.batch_tok
         (["--trainer.max_steps", -1], ["max_steps"]),
         (["--ckpt_path", "nowhere"], ["checkpoint nowhere does not exist"]),
         (["--checkpoints.keep", 0], ["keep 0"]),
+        (["--optimizer", "SGD"], ["--optimizer"]),
         (["--model.init_args.learning_rate", 1e30], ["step 1", "samples 8 to 15", "as before"]),
     ],
 )
@@ -203,12 +205,10 @@ def hugging_face(tmp_path: Path) -> Path:
     return export_pretrained(llama, tmp_path / "hugging_face")
 
 
-def start_from(checkpoint: Path, folder: Path, *options: Any) -> runs.Ran:
+def start_from(checkpoint: Path, folder: Path, *options: Any, ranks: int = 1) -> runs.Ran:
     """Train one step from a checkpoint."""
-    return runs.fit(
-        *(folder, "--model.init_args.config", "null"),
-        *("--model.init_args.checkpoint", checkpoint, "--trainer.max_steps", 1, *options),
-    )
+    start = ["--model.init_args.config", "null", "--model.init_args.checkpoint", checkpoint]
+    return runs.fit(folder, *start, "--trainer.max_steps", 1, *options, ranks=ranks)
 
 
 def theta_in(folder: Path) -> float:
@@ -248,6 +248,15 @@ def test_theta_left_open_is_the_checkpoints(
     assert (f"position: theta 500000 from {hugging_face}" in ran.out) == from_checkpoint
 
 
+def test_two_processes_say_once_what_they_took_from_the_checkpoint(
+    hugging_face: Path, tmp_path: Path
+):
+    given = ["--model.init_args.position", "RoPE"]
+    ran = start_from(hugging_face, tmp_path / "run", *given, ranks=2).succeeded()
+    assert ran.out.count("position: theta 500000") == ran.out.count("model: ") == 1
+    assert theta_in(tmp_path / "run") == 5e5
+
+
 @pytest.mark.parametrize("given", [None, 1e4])
 def test_theta_of_a_config_file_left_open_is_the_checkpoints(
     given: float | None, hugging_face: Path, tmp_path: Path
@@ -269,6 +278,11 @@ def test_a_run_folder_is_a_start_too(tmp_path: Path):
     newest = runs.alone().folder / "checkpoints" / "step-00000030"
     assert f"35,104 parameters from {newest}" in ran.out
     assert sorted(runs.witnessed(tmp_path / "run")) == [1]
+
+
+def test_a_start_that_is_not_there_is_refused(tmp_path: Path):
+    message = error(start_from(tmp_path / "nowhere", tmp_path / "run"))
+    assert message.startswith(f"checkpoint {tmp_path / 'nowhere'} does not exist")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "NaN"])
@@ -359,14 +373,39 @@ def test_metrics_have_the_contracts_names():
     assert perplexity == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-6)
 
 
-def test_validate_finds_what_fit_logged(tmp_path: Path):
+@pytest.mark.parametrize(("verb", "prefix"), [("validate", "val"), ("test", "test")])
+def test_a_checkpoint_measured_alone_gives_what_fit_logged(verb: str, prefix: str, tmp_path: Path):
     checkpoint = runs.alone().folder / "checkpoints" / "step-00000020"
     given = ["--config", runs.config(), "--trainer.default_root_dir", tmp_path]
-    ran = runs.run("validate", *given, "--ckpt_path", checkpoint).succeeded()
+    ran = runs.run(verb, *given, "--ckpt_path", checkpoint).succeeded()
     assert ran.err == ""
-    (found,) = runs.scalars(tmp_path)["val/loss"]
-    assert found[1] == dict(runs.scalars(runs.alone().folder)["val/loss"])[19]
-    assert f"held-out loss {found[1]:.4f}" in ran.out
+    logged = runs.scalars(runs.alone().folder)
+    found = runs.scalars(tmp_path)
+    held_out = {name for name in logged if name.startswith("val/")}
+    assert set(found) == {f"{prefix}/{name.removeprefix('val/')}" for name in held_out} | {"epoch"}
+    for name in held_out:
+        ((_, value),) = found[f"{prefix}/{name.removeprefix('val/')}"]
+        assert value == dict(logged[name])[19]
+
+
+def test_there_is_nothing_to_validate_in_an_empty_run_folder(tmp_path: Path):
+    given = ["--config", runs.config(), "--trainer.default_root_dir", tmp_path]
+    message = error(runs.run("validate", *given, "--ckpt_path", "last"))
+    assert message.startswith("checkpoint last does not exist")
+
+
+def test_later_config_files_and_options_win(hugging_face: Path, tmp_path: Path):
+    start = {"checkpoint": str(hugging_face), "config": None, "learning_rate": 1e-4}
+    (tmp_path / "second.yaml").write_text(
+        yaml.safe_dump({"model": {"init_args": {**start, "weight_decay": 0.2}}})
+    )
+    second = ["--config", tmp_path / "second.yaml", "--model.init_args.learning_rate", 2e-4]
+    runs.fit(tmp_path / "run", *second, "--trainer.max_steps", 1).succeeded()
+    content = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    found = content["model"]["init_args"]
+    assert (found["learning_rate"], found["weight_decay"]) == (2e-4, 0.2)
+    assert found["schedule"]["init_args"]["warmup_steps"] == 5
+    assert theta_in(tmp_path / "run") == 5e5
 
 
 def test_printed_config_fed_back_prints_itself(tmp_path: Path):
@@ -389,6 +428,25 @@ def test_a_run_prints_nothing_but_its_progress():
     steps = [line for line in lines if re.match(r"step \d+/30  loss \d\.\d{4}  grad ", line)]
     assert [line.split("/")[0] for line in steps] == ["step 10", "step 20", "step 30"]
     assert lines[-1] == f"wrote {ran.folder} (checkpoint step-00000030)"
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (signal.SIGINT, "interrupted"),
+        (signal.SIGTERM, "stopped by SIGTERM; go on with --ckpt_path last"),
+    ],
+)
+def test_a_run_that_is_stopped_does_not_pass_for_finished(
+    number: signal.Signals, message: str, tmp_path: Path
+):
+    running = runs.Running(runs.fitting(tmp_path, "--trainer.max_steps", 10_000), tmp_path)
+    witness = tmp_path / "witness-0.jsonl"
+    while not (witness.exists() and len(witness.read_text().splitlines()) > 2):
+        assert running.alive(), running.wait().err
+        time.sleep(0.01)
+    os.kill(running.processes[0].pid, number)
+    assert error(running.wait()) == message
 
 
 # ---- the other verbs

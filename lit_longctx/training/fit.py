@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lit_longctx.data.pretraining  # noqa: F401 - makes the classes known by their short names
 from lit_longctx.checkpoint import newest_whole, read_model, trained_context
@@ -95,18 +97,18 @@ def inherit_position(model: Any, given: Any) -> None:
     for name in INHERITED:
         if name in position.init_args and chosen.get(name) is None and sources[name] is not None:
             position.init_args[name] = sources[name]
-            print(f"position: {name} {sources[name]:g} from {checkpoint}")
+            rank_zero_only(print)(f"position: {name} {sources[name]:g} from {checkpoint}")
 
 
 def find_checkpoint(run: Path, asked: str | None, resume: bool) -> str | None:
     """Resolve `last`; refuse to begin a run in a folder that holds one."""
     folder = run / "checkpoints"
     held = folder.is_dir() and any(folder.glob("step-????????"))
-    if asked == "last":
-        if not held:
-            print(f"{folder} holds no checkpoint yet: starting anew")
-            return None
-        return str(newest_whole(folder))
+    if asked == "last" and held:
+        asked = str(newest_whole(folder))
+    elif asked == "last" and resume:
+        rank_zero_only(print)(f"{folder} holds no checkpoint yet: starting anew")
+        return None
     if asked is None and held and resume:
         raise ValueError(
             f"{run} holds a run already; continue it with --ckpt_path last, "
@@ -116,6 +118,8 @@ def find_checkpoint(run: Path, asked: str | None, resume: bool) -> str | None:
         raise ValueError(
             f"checkpoint {asked} does not exist; expected a folder like {folder}/step-00000100"
         )
+    if asked is not None and resume:
+        rank_zero_only(print)(f"going on from {asked}")
     return asked
 
 
@@ -123,6 +127,18 @@ def fit(arguments: list[str]) -> None:
     """Run LightningCLI with these arguments."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    try:
+        run_cli(arguments)
+    except SIGTERMException as end:  # an exit without a code: the run would pass for finished
+        raise InterruptedError("stopped by SIGTERM; go on with --ckpt_path last") from end
+    except SystemExit as end:
+        if end.code:  # Lightning's answer to Ctrl-C, given without a word
+            raise KeyboardInterrupt from end
+        raise
+
+
+def run_cli(arguments: list[str]) -> None:
+    """Parse the arguments, build everything and run the verb."""
     CLI(
         LanguageModule,
         LightningDataModule,
@@ -133,5 +149,6 @@ def fit(arguments: list[str]) -> None:
         trainer_defaults={**TRAINER, "callbacks": [KeepTokenizer()]},
         parser_kwargs={"exit_on_error": False},
         seed_everything_default=0,
+        auto_configure_optimizers=False,  # options that would put aside the module's own
         args=arguments,
     )

@@ -241,11 +241,16 @@ class LanguageModule(LightningModule, ABC):
 
     def on_validation_epoch_end(self) -> None:
         """Log what was counted, over all ranks."""
-        assert self.held_out_loss is not None
-        self.log_dict(self.held_out_loss.scalars(), sync_dist=False)
-        self.held_out_loss = None
+        self._log_held_out("val")
 
-    on_test_epoch_end = on_validation_epoch_end
+    def on_test_epoch_end(self) -> None:
+        """Log the same under the test's name."""
+        self._log_held_out("test")
+
+    def _log_held_out(self, prefix: str) -> None:
+        assert self.held_out_loss is not None
+        self.log_dict(self.held_out_loss.scalars(prefix), sync_dist=False)
+        self.held_out_loss = None
 
     # ---- checkpoints
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_longctx.batch import Step
@@ -179,7 +180,9 @@ def command(arguments: list[str], log: Path, environment: dict[str, str]) -> Non
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT), number)
     # more would wait for each other in busy loops, and Lightning sets what is left open
     os.environ.update(environment, OMP_NUM_THREADS="1")
-    multiprocessing.set_start_method("fork", force=True)  # as in a process started by hand
+    # as they would be in a process started by hand
+    rank_zero_only.rank = int(environment.get("RANK", 0))
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     from lit_longctx.cli import main
 

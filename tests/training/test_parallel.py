@@ -54,6 +54,19 @@ def test_two_processes_end_with_the_weights_of_one():
         assert (two[name] - weight).abs().max() <= 1e-4 * weight.abs().max(), name
 
 
+def test_products_in_bfloat16_leave_weights_and_moments_in_float32(tmp_path: Path):
+    products = ["--model.init_args.compute_dtype", "bfloat16"]
+    ran = runs.fit(tmp_path, *products, ranks=2).succeeded()
+    assert ran.err == ""
+    stored = dcp.FileSystemReader(newest_whole(tmp_path / "checkpoints")).read_metadata()
+    tensors = [t for t in stored.state_dict_metadata.values() if hasattr(t, "properties")]
+    assert {t.properties.dtype for t in tensors} == {torch.float32}
+    found, exact = (runs.losses(runs.witnessed(f)) for f in (tmp_path, runs.alone().folder))
+    difference = runs.largest_difference(found, exact)
+    print(f"bfloat16 and float32: loss differs by {difference:.1e}")
+    assert 0 < difference <= 5e-3
+
+
 def test_a_blow_up_on_one_process_stops_both_before_the_update(tmp_path: Path):
     poison = {"class_path": "training.runs.Poison", "init_args": {"rank": 1, "step": 2}}
     ran = runs.fit(tmp_path, "--trainer.callbacks+", json.dumps(poison), ranks=2)

@@ -21,6 +21,7 @@ def resume(folder: Path, start: runs.Ran, *options: Any, ranks: int = 1) -> dict
     checkpoint = start.folder / "checkpoints" / f"step-{START:08d}"
     ran = runs.fit(folder, "--ckpt_path", checkpoint, *options, ranks=ranks).succeeded()
     assert ran.err == ""
+    assert ran.out.count(f"going on from {checkpoint}") == 1
     return runs.witnessed(folder)
 
 
@@ -65,6 +66,29 @@ def test_other_layout_goes_on_with_the_same_samples_and_losses(
     difference = runs.largest_difference(runs.losses(found), runs.losses(expected))
     print(f"{before} to {ranks}, micro-batch {micro_batch_size}: loss differs by {difference:.1e}")
     assert difference <= 1e-6
+
+
+def test_blocks_recomputed_in_backward_go_on_with_the_same_losses(tmp_path: Path):
+    found = resume(tmp_path, runs.alone(), "--model.init_args.activation_checkpointing", "true")
+    expected = after_start(runs.alone())
+    assert runs.largest_difference(runs.losses(found), runs.losses(expected)) <= 1e-6
+    ours, plain = (load_pretrained(f).state_dict() for f in (tmp_path, runs.alone().folder))
+    assert ours.keys() == plain.keys()
+    for name, weight in plain.items():
+        assert (ours[name] - weight).abs().max() <= 1e-4 * weight.abs().max(), name
+
+
+@pytest.mark.slow
+def test_compiled_blocks_go_on_with_the_same_losses(tmp_path: Path):
+    checkpoint = runs.alone().folder / "checkpoints" / f"step-{START:08d}"
+    compiled = ["--model.init_args.compile", "true"]
+    # the compiler logs to stderr what it recompiles
+    runs.fit(tmp_path, "--ckpt_path", checkpoint, *compiled).succeeded()
+    expected = after_start(runs.alone())
+    found = runs.losses(runs.witnessed(tmp_path))
+    difference = runs.largest_difference(found, runs.losses(expected))
+    print(f"compiled: loss differs by {difference:.1e}")
+    assert difference <= 1e-5
 
 
 def test_another_batch_size_goes_on_with_the_next_sample(tmp_path: Path):
