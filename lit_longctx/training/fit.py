@@ -106,6 +106,8 @@ def find_checkpoint(run: Path, asked: str | None, resume: bool) -> str | None:
     held = folder.is_dir() and any(folder.glob("step-????????"))
     if asked == "last" and held:
         asked = str(newest_whole(folder))
+    elif asked and resume and Path(asked).resolve().parent == folder.resolve():
+        refuse_abandoned(Path(asked))
     elif asked == "last" and resume:
         rank_zero_only(print)(f"{folder} holds no checkpoint yet: starting anew")
         return None
@@ -121,6 +123,17 @@ def find_checkpoint(run: Path, asked: str | None, resume: bool) -> str | None:
     if asked is not None and resume:
         rank_zero_only(print)(f"going on from {asked}")
     return asked
+
+
+def refuse_abandoned(asked: Path) -> None:
+    """Refuse an older checkpoint of this run: `last` would later go on from the newer ones."""
+    if any(p.name > asked.name for p in asked.parent.glob("step-????????")):
+        newest = newest_whole(asked.parent)
+        if newest.name > asked.name:
+            raise ValueError(
+                f"{asked} has newer checkpoints beside it, up to {newest.name}; remove them, "
+                "or choose another --trainer.default_root_dir"
+            )
 
 
 def fit(arguments: list[str]) -> None:

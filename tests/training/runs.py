@@ -387,6 +387,7 @@ class Poison(Callback):
 def own_process_group() -> Iterator[None]:
     """Leave no process group and none of Lightning's variables behind."""
     before = dict(os.environ)
+    os.environ["OMP_NUM_THREADS"] = "1"  # or Lightning would set the number of threads for good
     try:
         yield
     finally:

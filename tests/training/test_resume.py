@@ -100,6 +100,21 @@ def test_another_batch_size_goes_on_with_the_next_sample(tmp_path: Path):
     assert found[30].tokens == (80 + 80) * runs.WINDOW
 
 
+def test_an_older_checkpoint_of_the_same_run_is_refused(tmp_path: Path):
+    """Else `last` would afterwards go on from the newer ones, which were given up."""
+    folder = Path(shutil.copytree(runs.alone().folder, tmp_path / "run"))
+    checkpoint = folder / "checkpoints" / f"step-{START:08d}"
+    ran = runs.fit(folder, "--ckpt_path", checkpoint)
+    assert ran.code == 1
+    assert ran.err.startswith(
+        f"lit_longctx: error: {checkpoint} has newer checkpoints beside it, up to step-00000030"
+    )
+    shutil.rmtree(folder / "checkpoints" / "step-00000020")
+    (folder / "checkpoints" / "step-00000030" / "model.json").unlink()  # a torn one is none
+    runs.fit(folder, "--ckpt_path", checkpoint).succeeded()
+    assert runs.witnessed(folder) == runs.witnessed(runs.alone().folder)
+
+
 def test_last_in_an_empty_folder_begins(tmp_path: Path):
     ran = runs.fit(tmp_path, "--ckpt_path", "last", "--trainer.max_steps", 3).succeeded()
     assert f"{tmp_path / 'checkpoints'} holds no checkpoint yet: starting anew" in ran.out
