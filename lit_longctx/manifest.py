@@ -64,10 +64,10 @@ def _signed(content: dict[str, Any]) -> str:
     return json.dumps({**content, "sha256": own}, indent=1) + "\n"
 
 
-def hash_files(folder: Path) -> dict[str, str]:
-    """Flush and hash every file below a folder: relative name → SHA-256."""
+def hash_files(folder: Path, part: int = 0, parts: int = 1) -> dict[str, str]:
+    """Flush and hash a folder's files (every `parts`-th of them): relative name → SHA-256."""
     hashes = {}
-    for path in files_of(folder):
+    for path in files_of(folder)[part::parts]:
         flush(path)
         hashes[path.relative_to(folder).as_posix()] = digest(path)
     return hashes

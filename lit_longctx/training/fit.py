@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lit_longctx.data.pretraining  # noqa: F401 - makes the classes known by their short names
-from lit_longctx.checkpoint import newest_whole, read_model, trained_context
+from lit_longctx.checkpoint import newest_whole, read_model, resolve, trained_context
 from lit_longctx.training.callbacks import Checkpoints, KeepTokenizer, ProgressLine
 from lit_longctx.training.module import LanguageModule
 from lit_longctx.training.parallel import FSDP2Strategy  # noqa: F401 - likewise
@@ -88,10 +88,11 @@ def inherit_position(model: Any, given: Any) -> None:
     position = model.init_args.get("position")
     if not checkpoint or not position:
         return
-    _, own = read_model(checkpoint)
+    start = resolve(checkpoint)  # once: of a run folder it hashes the newest checkpoint
+    _, own = read_model(start)
     sources = {
         "theta": getattr(own, "theta", None),
-        "original_context": getattr(own, "original_context", trained_context(checkpoint)),
+        "original_context": getattr(own, "original_context", trained_context(start)),
     }
     chosen = given.init_args.position.get("init_args") or {}
     for name in INHERITED:

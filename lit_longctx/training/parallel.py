@@ -104,11 +104,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def _hash_share(self, folder: Path) -> dict[str, str]:
         """Hash the folder's files, each rank its share, and give all of them to everyone."""
-        files = manifest.files_of(folder)[self.global_rank :: self.world_size]
-        mine = {}
-        for path in files:
-            manifest.flush(path)
-            mine[path.relative_to(folder).as_posix()] = manifest.digest(path)
+        mine = manifest.hash_files(folder, self.global_rank, self.world_size)
         return {name: value for part in self.gather_objects(mine) for name, value in part.items()}
 
     def gather_objects(self, item: Any) -> list[Any]:
