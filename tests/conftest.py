@@ -2,12 +2,24 @@
 
 import os
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; tests are small
+
+import differences
 import pytest
 import torch
 from jaxtyping import install_import_hook
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 install_import_hook("lit_longctx", "typechecker.check")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--differences", action="store_true", help="print distances to references")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.config.getoption("--differences"):
+        terminalreporter.write_line("\n" + differences.table())
 
 
 @pytest.fixture(autouse=True)

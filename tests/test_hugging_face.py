@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from differences import assert_near
 
 from lit_longctx import checkpoint
 from lit_longctx.checkpoint import export_pretrained, load_pretrained
@@ -104,8 +105,9 @@ def test_round_trip(tmp_path, rope, kind, monkeypatch):
     for length in (CONTEXT // 2, 3 * CONTEXT):
         expected = logits(tmp_path / "theirs", length)
         found = ours.logits(reading(tokens(length)))
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(logits(tmp_path / "ours", length), expected, atol=1e-5, rtol=0)
+        assert_near(f"{rope}, {kind}: our logits", found, expected, atol=1e-5, rtol=1e-5)
+        again = logits(tmp_path / "ours", length)
+        assert_near(f"{rope}, {kind}: transformers on our export", again, expected, atol=1e-5)
 
 
 SCHEMES = {
@@ -131,7 +133,10 @@ def test_an_extended_model_is_the_same_in_transformers(tmp_path, name):
     assert config["max_position_embeddings"] == expected
     ids = tokens(4 * CONTEXT)
     found = llama.logits(reading(ids))
-    torch.testing.assert_close(logits(tmp_path / "out", 4 * CONTEXT), found, atol=2e-5, rtol=1e-5)
+    theirs = logits(tmp_path / "out", 4 * CONTEXT)
+    assert_near(
+        f"{name}, extended: transformers on our export", theirs, found, atol=2e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("rope", ropes(16))

@@ -314,7 +314,7 @@ class LongRoPE(Rotary):
 
 
 class RotateAndScale(nn.Module):
-    """Rotate, then let q grow and k shrink with the place; no weights."""
+    """Rotate, and let q grow and k shrink with the place, at the price of rotation; no weights."""
 
     def forward(
         self,
@@ -324,11 +324,9 @@ class RotateAndScale(nn.Module):
     ) -> tuple[
         Float[Tensor, "batch seq heads head_dim"], Float[Tensor, "batch seq kv_heads head_dim"]
     ]:
-        """`code` is [cos | sin | scale], each with a column per pair."""
-        cos, sin, scale = code.unsqueeze(2).chunk(3, dim=-1)
-        scale = torch.cat([scale, scale], dim=-1)
-        turned_q, turned_k = turn(q.float(), cos, sin), turn(k.float(), cos, sin)
-        return (turned_q * scale).to(q.dtype), (turned_k / scale).to(k.dtype)
+        """`code` is [cos | sin] times the scale of q, then [cos | sin] times that of k."""
+        q_cos, q_sin, k_cos, k_sin = code.unsqueeze(2).chunk(4, dim=-1)
+        return turn(q.float(), q_cos, q_sin).to(q.dtype), turn(k.float(), k_cos, k_sin).to(k.dtype)
 
 
 @dataclass(frozen=True)
@@ -357,14 +355,16 @@ class XPos(Rotary):
         head_dim: int,
         documents: Documents | None = None,
     ) -> Float[Tensor, "batch seq code"]:
-        """Return [cos | sin | scale], float32; ValueError where a scale would leave float32."""
+        """Return [cos | sin] as q and as k has them; ValueError where a scale leaves float32."""
         self._check(int(position_ids.min()), int(position_ids.max()))
         places = position_ids.unsqueeze(-1)
         zeta = (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim + 0.4) / 1.4
         # the exponent is large far from the centre: float64 keeps the scale exact to float32
         exponents = (places.double() - self.centre) / self.scale_base * zeta.log().to(places.device)
         angles = places.float() * self.frequencies(head_dim).to(places.device)
-        return torch.cat([cos_sin(angles, 1.0), exponents.exp().float()], dim=-1)
+        scale = exponents.exp().float().repeat(1, 1, 2)
+        turned = cos_sin(angles, 1.0)
+        return torch.cat([turned * scale, turned / scale], dim=-1)
 
     def _check(self, first: int, last: int) -> None:
         allowed = -log(torch.finfo(torch.float32).tiny) / log(1.4 / 0.4)  # of (p − c)/B, for ζ_0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from differences import assert_near
 from safetensors.torch import load_file
 
 from lit_longctx.batch import documents_from_starts
@@ -59,7 +60,8 @@ def close(scheme, head_dim, expected, length=None):
     frequencies, factor = expected
     found = scheme.frequencies(head_dim, length)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, frequencies, rtol=1e-6, atol=0)
+    name = type(scheme).__name__
+    assert_near(f"{name}: frequencies, transformers", found, frequencies, rtol=1e-6)
     assert scheme.attention_factor == pytest.approx(factor, rel=1e-12)
 
 
@@ -109,7 +111,8 @@ def test_against_closed_forms_in_float64(case):
         (XPos(theta), rope),
         (PositionInterpolation(theta, factor=s), rope / s),
     ):
-        torch.testing.assert_close(scheme.frequencies(dim).double(), expected, rtol=1e-6, atol=0)
+        what = f"{type(scheme).__name__}: frequencies, closed form in float64"
+        assert_near(what, scheme.frequencies(dim).double(), expected, rtol=1e-6)
 
 
 def test_ntk_bases_of_the_literature():
@@ -126,7 +129,7 @@ def test_yarn_against_its_authors(case):
     )
     expected = torch.tensor(case["inv_freq"])
     found = scheme.frequencies(case["head_dim"])
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert_near("YaRN: frequencies, its authors' code", found, expected, rtol=1e-6)
     assert scheme.attention_factor == pytest.approx(case["attention_factor"], rel=1e-12)
 
 
@@ -149,14 +152,16 @@ def test_xpos_against_torchscale():
         code = scheme.encode(torch.arange(64)[None], 32)
         turned_q, turned_k = scheme.layer(3, 32)(q, k, code)
         scores = torch.einsum("bqhd,bkhd->hqk", turned_q, turned_k).tril()
-        torch.testing.assert_close(scores, golden["scores"].tril(), rtol=1e-5, atol=1e-5)
+        expected = golden["scores"].tril()
+        assert_near("XPos: scores, torchscale", scores, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_xpos_refuses_places_whose_scales_leave_float32():
     scheme = XPos(centre=35_600)
     finite = scheme.encode(torch.tensor([[0, 71_200]]), 128)
     assert finite.isfinite().all()
-    assert (finite[..., 128:] > 0).all()
+    cos_and_sin = finite.unflatten(-1, (2, 2, 64))  # of q and of k, times their scales
+    assert (cos_and_sin.double().norm(dim=-2) > 0).all()
     with pytest.raises(
         ValueError, match=r"leave float32 at place 80,000.*scale_base to (\d+)"
     ) as e:

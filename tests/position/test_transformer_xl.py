@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from differences import assert_near
 from einops import rearrange
 from safetensors.torch import load_file
 
@@ -48,7 +49,8 @@ def test_the_original_layer(golden, name, key, memory):
     mask = backend.prepare(one_document(2, now.shape[1]), one_document(2, x.shape[1]))
     found = rearrange(layer(x, code, mask, None, memory), "batch time width -> time batch width")
     # the golden float32 numbers themselves are 6e-6 away from float64
-    torch.testing.assert_close(found, golden[f"out{key}"], atol=1e-5, rtol=1e-5)
+    what = f"TransformerXL: output{key.replace('_', ' ')}, original code, {name}"
+    assert_near(what, found, golden[f"out{key}"], atol=1e-5, rtol=1e-5)
 
 
 def rel_shift_scores(q, k, u, v, w, theta):
@@ -73,4 +75,5 @@ def test_factored_scores_equal_rel_shift(distance_dim):
     u, v, w = (parameters[n][0] for n in ("content_bias", "position_bias", "distance_weight"))
     expected = rel_shift_scores(q, k, u, v, w, 10_000.0)
     scale = expected.abs().max()
-    torch.testing.assert_close(found / scale, expected / scale, atol=1e-5, rtol=0)
+    what = "TransformerXL: scores over the largest, rel_shift in float64"
+    assert_near(what, found / scale, expected / scale, atol=1e-5)

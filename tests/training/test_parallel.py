@@ -1,6 +1,7 @@
 """Two processes are one, and checkpoints are whole or not there."""
 
 import json
+import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -10,18 +11,41 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
+from differences import assert_near
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
 from training import runs
 
 from lit_longctx import manifest
 from lit_longctx.batch import Step, pack
 from lit_longctx.checkpoint import load_pretrained, newest_whole
-from lit_longctx.model import LlamaConfig
+from lit_longctx.model import Llama, LlamaConfig
+from lit_longctx.position import (
+    DynamicNTK,
+    Llama3,
+    LongRoPE,
+    NTKAware,
+    PositionInterpolation,
+    RoPE,
+    TransformerXL,
+    XPos,
+    YaRN,
+)
 from lit_longctx.training.callbacks import Checkpoints
 from lit_longctx.training.module import ContinualPretrain
+from lit_longctx.training.parallel import apply_sharding
 
 # ---- processes
+
+CONFIG = LlamaConfig(
+    vocab_size=31,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+)
 
 
 def test_two_processes_train_as_one():
@@ -54,6 +78,111 @@ def test_two_processes_end_with_the_weights_of_one():
         assert (two[name] - weight).abs().max() <= 1e-4 * weight.abs().max(), name
 
 
+FACTORS = {"short_factor": [1.0] * 4, "long_factor": [1.5 + i for i in range(4)]}
+SCHEMES = [
+    RoPE(),
+    PositionInterpolation(factor=4),
+    NTKAware(factor=4),
+    DynamicNTK(factor=2, original_context=10),
+    YaRN(factor=4, original_context=64),
+    Llama3(factor=4, original_context=64),
+    LongRoPE(factor=4, original_context=10, unscaled_tokens=2, **FACTORS),
+    XPos(),
+    TransformerXL(distance_dim=8),
+]
+
+
+def compare_sharded_gradients(rank: int, port: int) -> None:
+    """Compare gradients of every scheme, each rank with half the rows, with one process's own."""
+    runs.rank_zero_only.rank = rank
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, rank == 0)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(2, CONFIG.vocab_size, (4, 65), generator=generator)
+    tokens[:, [0, 20, 41]] = 1
+    for scheme in SCHEMES:
+        plain, sharded = (Llama(CONFIG, scheme) for _ in range(2))
+        for weight in plain.parameters():
+            torch.nn.init.normal_(weight, std=0.2, generator=generator)
+        sharded.load_state_dict(plain.state_dict())
+        apply_sharding(sharded, mesh, torch.float32)
+        plain.loss(pack(tokens, bos=1))[0].backward()
+        sharded.loss(pack(tokens[2 * rank : 2 * rank + 2], bos=1))[0].backward()
+        expected = dict(plain.named_parameters())
+        for name, weight in sharded.named_parameters():
+            sum_of_ranks = 2 * weight.grad.full_tensor()
+            assert_near(f"FSDP2, {scheme}, {name}", sum_of_ranks, expected[name].grad, **CLOSE)
+    torch.distributed.destroy_process_group()
+
+
+CLOSE = {"atol": 1e-4, "rtol": 1e-5}
+
+
+def test_every_scheme_has_the_same_gradients_under_fsdp2():
+    forks, port = multiprocessing.get_context("forkserver"), runs.free_port()
+    ranks = [forks.Process(target=compare_sharded_gradients, args=(r, port)) for r in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(runs.TIMEOUT)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
+RECURRENCE = {
+    "model": {
+        "class_path": "ContinualPretrain",
+        "init_args": {
+            "memory": 2,
+            "position": {"class_path": "TransformerXL", "init_args": {"distance_dim": 8}},
+        },
+    },
+    "data": {"class_path": "PretrainData", "init_args": {"lanes": True}},
+}
+
+
+@pytest.fixture(scope="module")
+def recurrent(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], runs.Ran]:
+    """Options of Transformer-XL with recurrence, and 20 steps of it on one process."""
+    folder = tmp_path_factory.mktemp("recurrent")
+    (folder / "recurrence.yaml").write_text(yaml.safe_dump(RECURRENCE))
+    options = ["--config", str(folder / "recurrence.yaml"), "--trainer.max_steps", "20"]
+    return options, runs.fit(folder / "run", *options).succeeded()
+
+
+def test_memory_is_that_of_each_row_however_rows_are_spread(
+    recurrent: tuple[list[str], runs.Ran], tmp_path: Path
+):
+    options, alone = recurrent
+    expected = runs.witnessed(alone.folder)
+    size = ["--data.init_args.micro_batch_size", 2]
+    ran = runs.fit(tmp_path / "spread", *options, *size, ranks=2).succeeded()
+    assert ran.err == ""
+    spread = runs.witnessed(tmp_path / "spread")
+    assert runs.samples(spread) == runs.samples(expected)
+    assert runs.largest_difference(runs.losses(spread), runs.losses(expected)) <= 1e-6
+    off = ["--model.init_args.memory", 0]
+    without = runs.witnessed(runs.fit(tmp_path / "off", *options, *off).succeeded().folder)
+    assert runs.samples(without) == runs.samples(expected)
+    apart = [abs(without[n].loss - expected[n].loss) / expected[n].loss for n in expected]
+    assert apart[0] == 0  # nothing to remember yet
+    assert min(apart[1:]) > 1e-6
+
+
+def test_recurrence_goes_on_with_the_next_samples_and_an_empty_memory(
+    recurrent: tuple[list[str], runs.Ran], tmp_path: Path
+):
+    options, alone = recurrent
+    expected = runs.witnessed(alone.folder)
+    start = alone.folder / "checkpoints" / "step-00000010"
+    ran = runs.fit(tmp_path, *options, "--ckpt_path", start).succeeded()
+    assert "step 10: resumed with an empty memory" in ran.out
+    found = runs.witnessed(tmp_path)
+    assert runs.samples(found) == runs.samples(expected)[10:]
+    assert found[11].loss != expected[11].loss
+    assert runs.largest_difference(runs.losses(found), runs.losses(expected)[10:]) < 0.05
+
+
 def test_products_in_bfloat16_leave_weights_and_moments_in_float32(tmp_path: Path):
     products = ["--model.init_args.compute_dtype", "bfloat16"]
     ran = runs.fit(tmp_path, *products, ranks=2).succeeded()
@@ -82,13 +211,6 @@ def test_a_blow_up_on_one_process_stops_both_before_the_update(tmp_path: Path):
 
 # ---- checkpoints: saving
 
-CONFIG = LlamaConfig(
-    vocab_size=31,
-    hidden_size=16,
-    intermediate_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-)
 ROWS = 2
 
 
