@@ -53,6 +53,8 @@ class Step(NamedTuple):
     micro_batches: list[Batch]
     next_sample: int
     """Global number of the first sample that this step, over all ranks, leaves unread."""
+    next_token: int
+    """Tokens that the run has read by then, in stride tokens."""
     restart: bool = False
     """Whether rows do not follow those of the last step, so that a memory of them is void."""
 

@@ -112,7 +112,8 @@ def tokenizer_folder(folder: str | Path) -> Path | None:
     """Folder that holds a checkpoint's tokenizer, if any: itself, or its run's `tokenizer`."""
     path = resolve(folder)
     candidates = (path, path / "tokenizer", path.parent.parent / "tokenizer")
-    return next((c for c in candidates if (c / "tokenizer.json").is_file()), None)
+    files = ("tokenizer.json", "tokenizer.model")
+    return next((c for c in candidates if any((c / f).is_file() for f in files)), None)
 
 
 # ---- weights in

@@ -11,6 +11,7 @@ VERBS = {
     "validate": "held-out loss of a checkpoint, by position and source",
     "test": "the same as validate, under its own name in the log",
     "prepare": "documents → token chunks, a manifest and a token ledger",
+    "mix": "prepared sources → the same with more long documents, and a report",
     "evaluate": "what the longer context is worth: tables and figures for checkpoints",
     "export": "a run's newest checkpoint → Hugging Face folder",
     "generate": "continue a prompt",
@@ -66,6 +67,8 @@ def run(verb: str, rest: list[str]) -> None:
 def _function(verb: str) -> Callable[..., Any]:
     if verb == "prepare":
         from lit_longctx.data.prepare import prepare as function
+    elif verb == "mix":
+        from lit_longctx.data.mixture import mix as function
     elif verb == "evaluate":
         from lit_longctx.evaluation.evaluate import evaluate as function
     elif verb == "export":
@@ -81,8 +84,9 @@ def _function(verb: str) -> Callable[..., Any]:
 
 def call(function: Callable[..., Any], verb: str, rest: list[str]) -> None:
     """Parse a function's arguments from its signature (flags, or --config FILE) and call it."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=f"lit_longctx {verb}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with these options")
     parser.add_function_arguments(function, fail_untyped=False)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from math import pi
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,10 +11,13 @@ from matplotlib.figure import Figure
 
 def _axes(width: float = 7.0, height: float = 4.0) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
+    return figure, _plain(figure.add_subplot())
+
+
+def _plain(axes: Axes) -> Axes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    return figure, axes
+    return axes
 
 
 def loss_by_position(
@@ -93,13 +97,38 @@ def score_by_distance(
     figure = Figure(figsize=(7.0, 1.4 * len(curves) + 0.6), layout="constrained")
     panels = figure.subplots(len(curves), sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, (name, values) in zip(panels, curves.items(), strict=True):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-        axes.plot(distances, values, linewidth=0.5)
+        _plain(axes).plot(distances, values, linewidth=0.5)
         axes.set_title(name, loc="left", fontsize="medium")
         if trained:
             axes.axvline(trained, color="grey", linestyle="--", linewidth=1)
     panels[-1].xaxis.set_major_formatter("{x:,.0f}")
     panels[-1].set_xlabel("tokens between query and key")
     figure.supylabel("score, as a share of its value at distance 0")
+    return figure
+
+
+def document_lengths(report: dict[str, Any]) -> Figure:
+    """Draw how each source's tokens spread over document lengths before and after a mix.
+
+    Args:
+        report: What `lit_longctx mix` writes to report.json.
+    """
+    sources = report["sources"]
+    figure = Figure(figsize=(7.0, 1.8 * len(sources) + 0.6), layout="constrained")
+    panels = figure.subplots(len(sources), sharex=True, sharey=True, squeeze=False)[:, 0]
+    edges = sorted({b["from_tokens"] for source in sources.values() for b in source["buckets"]})
+    for axes, (name, source) in zip(panels, sources.items(), strict=True):
+        _plain(axes)
+        for when, shift in (("before", -0.2), ("after", 0.2)):
+            tokens = {b["from_tokens"]: b[f"tokens_{when}"] for b in source["buckets"]}
+            total = max(1, sum(tokens.values()))
+            shares = [tokens.get(edge, 0) / total for edge in edges]
+            axes.bar([i + shift for i in range(len(edges))], shares, width=0.4, label=when)
+        share = f"{source['share_before']:.1%} → {source['share_after']:.1%} of all tokens"
+        axes.set_title(f"{name}: {share}", loc="left", fontsize="medium")
+        axes.yaxis.set_major_formatter("{x:.0%}")
+    panels[0].legend(frameon=False)
+    panels[-1].set_xticks(range(len(edges)), [f"≥ {edge:,}" for edge in edges], fontsize="small")
+    panels[-1].set_xlabel("tokens of the document")
+    figure.supylabel("share of the source's tokens")
     return figure

@@ -1,5 +1,6 @@
 """Every shipped config, by the parsers that run it; its data and checkpoint need not be there."""
 
+import dataclasses
 import inspect
 import json
 import re
@@ -11,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lit_longctx import cli
+from lit_longctx.data.stages import Stage
 from lit_longctx.model import Llama
 from lit_longctx.position import LongRoPE, NTKAware
 from lit_longctx.training import fit
@@ -121,4 +123,23 @@ def test_other_verbs_take_their_config(name):
 
     take.__signature__ = inspect.signature(function)
     cli.call(take, verb, ["--config", str(CONFIGS[name])])
-    assert CONTENT[name].items() <= taken.items()
+    for key, value in CONTENT[name].items():
+        found = taken[key]
+        if dataclasses.is_dataclass(found):
+            assert value.items() <= dataclasses.asdict(found).items()
+        else:
+            assert found == value
+
+
+@pytest.mark.parametrize("options", ["prolong_512k", "curriculum_32k"], indirect=True)
+def test_stages_fit_together(options):
+    init = options.data.init_args
+    run = Stage(1, init.window, init.batch_tokens, init.micro_batch_size)
+    stages = [Stage(**vars(stage)).completed(run) for stage in init.stages]
+    assert sum(stage.steps for stage in stages) == options.trainer.max_steps
+    assert max(stage.window for stage in stages) <= 2**22  # the chunks that prepare writes
+    for stage in stages:
+        assert stage.batch_tokens % (stage.window * stage.micro_batch_size) == 0
+        if stage.weights:
+            assert set(stage.weights) <= set(init.sources)
+            assert sum(stage.weights.values()) == pytest.approx(1)

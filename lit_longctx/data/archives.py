@@ -1,9 +1,8 @@
-"""Files as byte streams, .gz and .zst unpacked on the way; a cut-off archive is an error."""
+"""Byte streams, .gz and .zst unpacked on the way; a cut-off archive is an error."""
 
 import gzip
 import zlib
 from io import BufferedIOBase, BufferedReader, RawIOBase
-from pathlib import Path
 
 import zstandard
 
@@ -11,13 +10,13 @@ ARCHIVE_ERRORS = (OSError, EOFError, zstandard.ZstdError, zlib.error)
 """What reading a broken archive raises."""
 
 
-def open_packed(path: Path) -> BufferedIOBase:
-    """Open a file for reading bytes, unpacking .gz and .zst on the way."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".zst":
-        return BufferedReader(ZstandardFrames(path), 2**20)
-    return open(path, "rb")
+def unpacked(file: BufferedIOBase, packing: str) -> BufferedIOBase:
+    """Return the stream inside an open file: packed as `.gz` or `.zst`, else the file itself."""
+    if packing == ".gz":
+        return gzip.GzipFile(fileobj=file)  # pyright: ignore
+    if packing == ".zst":
+        return BufferedReader(ZstandardFrames(file), 2**20)
+    return file
 
 
 class ZstandardFrames(RawIOBase):
@@ -27,8 +26,8 @@ class ZstandardFrames(RawIOBase):
     at a time, which a hostile file can blow up to 8 MiB and no further.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.file = open(path, "rb")  # noqa: SIM115
+    def __init__(self, file: BufferedIOBase) -> None:
+        self.file = file
         self.frame: zstandard.ZstdDecompressionObj | None = None
         self.unpacked = memoryview(b"")
 
@@ -51,8 +50,3 @@ class ZstandardFrames(RawIOBase):
         buffer[:size] = self.unpacked[:size]
         self.unpacked = self.unpacked[size:]
         return size
-
-    def close(self) -> None:
-        """Close the file underneath too."""
-        self.file.close()
-        super().close()

@@ -1,7 +1,21 @@
 """What could not be read: skipped and counted, until it is too much."""
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Broken(NamedTuple):
+    """Stands where a row would, had it been readable."""
+
+    kind: str
+
+
+def broken_file(error: BaseException, otherwise: str) -> Broken:
+    """Return the system's reason if it refused the file, else that the content is broken."""
+    number = getattr(error, "errno", None)
+    return Broken(f"unreadable: {os.strerror(number)}" if number else otherwise)
 
 
 @dataclass

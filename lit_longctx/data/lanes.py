@@ -1,4 +1,4 @@
-"""Rows that walk through documents: the order in which windows are read where a model has a memory."""
+"""Rows that walk through documents: the order of windows for a model with a memory."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,9 @@ from lit_longctx.data.order import quota_schedule, whole_shares
 class Lanes:
     """Global sample number → (source, window), such that row r of a step follows row r of the last.
 
-    Each row of the batch is a lane: a stretch of one source, read window by window. All lanes are equally
-    long; when they end, the next epoch begins with other stretches. A pure function of its arguments,
-    like `Order`.
+    Each row of the batch is a lane: a stretch of one source, read window by window. All lanes are
+    equally long; when they end, the next epoch begins with other stretches. A pure function of its
+    arguments, like `Order`.
 
     Args:
         windows: Windows that each source holds.
@@ -48,7 +48,8 @@ class Lanes:
     def restarts(self, sample: int) -> bool:
         """Whether a row begins anew in the step that starts with this sample.
 
-        After a change of the batch a step may start within a round of the lanes; then both rounds count.
+        After a change of the batch a step may start within a round of the lanes; then both rounds
+        count.
         """
         rounds = (sample // self.lanes, (sample + self.lanes - 1) // self.lanes)
         return any(number % self.span == 0 for number in rounds)

@@ -60,8 +60,10 @@ class Order:
         weights: Share of samples that each source gets, in any unit; default: its share of the
             windows.
         seed: Decides every shuffle.
-        group: Windows of each source that are shuffled together; a group is read through before
-            the next begins, so that streaming stays sequential. Default: all of them.
+        group: Windows of each source that are shuffled together, one number or the sizes of all
+            groups; a group is read through before the next begins, so that streaming stays
+            sequential. Default: all of them.
+        begun: Windows of each source that count as drawn before the first sample.
 
     A source that ends begins its next epoch in another order.
     """
@@ -71,13 +73,15 @@ class Order:
         windows: Sequence[int],
         weights: Sequence[float] | None = None,
         seed: int = 0,
-        group: Sequence[int] | None = None,
+        group: Sequence[int | Sequence[int]] | None = None,
+        begun: Sequence[int] | None = None,
     ) -> None:
         if min(windows) < 1:
             raise ValueError(f"every source needs a window at least; got {list(windows)}")
         self.windows = list(windows)
         self.seed = seed
-        self.group = [min(g, w) for g, w in zip(group or windows, windows, strict=True)]
+        self.groups = [_sizes(w, g) for w, g in zip(windows, group or windows, strict=True)]
+        self.begun = list(begun or [0] * len(windows))
         self.shares = whole_shares(weights or windows)
         self.schedule = np.array(quota_schedule(self.shares))
         self.rank = np.zeros(len(self.schedule), dtype=np.int64)
@@ -89,25 +93,33 @@ class Order:
         """Return source and window of a sample."""
         period, turn = divmod(sample, len(self.schedule))
         source = int(self.schedule[turn])
-        drawn = period * self.shares[source] + int(self.rank[turn])
+        drawn = self.begun[source] + period * self.shares[source] + int(self.rank[turn])
         epoch, place = divmod(drawn, self.windows[source])
         return source, self._shuffled(source, epoch, place)
 
+    def drawn(self, samples: int) -> list[int]:
+        """Windows that the first samples take from each source."""
+        periods, turns = divmod(samples, len(self.schedule))
+        rest = np.bincount(self.schedule[:turns], minlength=len(self.shares))
+        return [periods * share + int(r) for share, r in zip(self.shares, rest, strict=True)]
+
     def _shuffled(self, source: int, epoch: int, place: int) -> int:
         """Window at a place of an epoch: groups in random order, windows random within theirs."""
-        size = self.group[source]
-        groups, rest = divmod(self.windows[source], size)
-        order = _permutation(self.seed, source, epoch, -1, groups + bool(rest))
-        if rest:  # the short group may come anywhere; all later places shift
-            short = int(np.flatnonzero(order == groups)[0]) * size
-            if short <= place < short + rest:
-                inside = _permutation(self.seed, source, epoch, groups, rest)
-                return groups * size + int(inside[place - short])
-            if place >= short + rest:
-                place += size - rest
-        turn, offset = divmod(place, size)
-        group = int(order[turn])
-        return group * size + int(_permutation(self.seed, source, epoch, group, size)[offset])
+        sizes = self.groups[source]
+        order = _permutation(self.seed, source, epoch, -1, len(sizes))
+        ends = sizes[order].cumsum()
+        turn = int(np.searchsorted(ends, place, side="right"))
+        group, size = int(order[turn]), int(sizes[order[turn]])
+        inside = _permutation(self.seed, source, epoch, group, size)
+        return int(sizes[:group].sum() + inside[place - ends[turn] + size])
+
+
+def _sizes(windows: int, group: int | Sequence[int]) -> np.ndarray:
+    """Windows of each group."""
+    if isinstance(group, Sequence):
+        return np.array(group)
+    begins = np.arange(0, windows, group)
+    return np.append(begins[1:], windows) - begins
 
 
 @lru_cache(maxsize=256)

@@ -1,109 +1,33 @@
 """`lit_longctx prepare`: documents → litdata chunks, a manifest and a token ledger.
 
-Tokens stand flat, BOS before and EOS after every document, cut into chunks of whole blocks, so that
-any window length that is a multiple of the block can be served and no chunk loses its tail. The
-last block is filled up with BOS, which is never a target. The folder appears whole or not at all.
+The folder appears whole or not at all. Many machines may each make a part of it; the parts are then
+joined.
 """
 
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from litdata import TokensLoader
-from litdata.streaming.writer import BinaryWriter
-
 from lit_longctx import manifest
+from lit_longctx.data.chunks import BLOCK, SPLITS, SplitWriter
+from lit_longctx.data.dependency import DependencyFilter
 from lit_longctx.data.documents import Document, Faults, Reader
-from lit_longctx.data.tokenizer import Ids, Tokenizer, open_tokenizer
+from lit_longctx.data.interleave import Interleave
+from lit_longctx.data.scale import Executor, in_parts
+from lit_longctx.data.tokenizer import Ids, Tokenizer, described, open_tokenizer, round_trip
 
-BLOCK = 256
-"""Tokens per block: windows are multiples of it."""
-SPLITS = ("train", "held_out")
-BUCKETS = [0, *(2**i for i in range(10, 21))]
-"""Lower edges of the length table, in tokens."""
-
-
-@dataclass
-class Ledger:
-    """Where the tokens of one split went."""
-
-    documents: int = 0
-    text_tokens: int = 0
-    """Tokens of the documents' text."""
-    boundary_tokens: int = 0
-    """One BOS and one EOS per document."""
-    padding: int = 0
-    """BOS that fill the last block."""
-    lengths: Counter[int] = field(default_factory=Counter)
-    """Documents per length bucket, by lower edge."""
-    length_tokens: Counter[int] = field(default_factory=Counter)
-    """Tokens per length bucket, by lower edge."""
-
-    @property
-    def tokens(self) -> int:
-        """All tokens stored."""
-        return self.text_tokens + self.boundary_tokens + self.padding
-
-    def count(self, length: int) -> None:
-        """Enter a document of `length` tokens, BOS and EOS included."""
-        self.documents += 1
-        self.text_tokens += length - 2
-        self.boundary_tokens += 2
-        bucket = max(edge for edge in BUCKETS if edge <= length)
-        self.lengths[bucket] += 1
-        self.length_tokens[bucket] += length
-
-
-class SplitWriter:
-    """Writes one split: a litdata folder whose chunks hold whole blocks."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer, chunk_tokens: int) -> None:
-        self.ledger = Ledger()
-        self.bos, self.eos = tokenizer.bos, tokenizer.eos
-        self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
-        self.chunk_tokens = chunk_tokens
-        self.pieces: list[Ids] = []
-        self.waiting = 0
-        self.chunks = 0
-        self.writer = BinaryWriter(str(folder), chunk_size=1, item_loader=TokensLoader())
-
-    def add(self, ids: Ids) -> None:
-        """Append a document."""
-        document = np.concatenate([[self.bos], ids, [self.eos]]).astype(self.dtype)
-        self.ledger.count(len(document))
-        self._append(document)
-
-    def _append(self, tokens: Ids) -> None:
-        self.pieces.append(tokens)
-        self.waiting += len(tokens)
-        if self.waiting >= self.chunk_tokens:
-            stream = np.concatenate(self.pieces)
-            while len(stream) >= self.chunk_tokens:
-                self._chunk(stream[: self.chunk_tokens])
-                stream = stream[self.chunk_tokens :]
-            self.pieces, self.waiting = [stream], len(stream)
-
-    def _chunk(self, tokens: Ids) -> None:
-        self.writer[self.chunks] = np.ascontiguousarray(tokens)
-        self.chunks += 1
-
-    def finish(self) -> None:
-        """Fill the last block with BOS, write the last chunk and litdata's index."""
-        self.ledger.padding = -self.waiting % BLOCK
-        self._append(np.full(self.ledger.padding, self.bos, self.dtype))
-        if self.waiting:
-            self._chunk(np.concatenate(self.pieces))
-        self.writer.done()
-        self.writer.merge()
+OWN = ("output", "source", "part", "parts", "executor")
+"""Arguments that are not the same for every part."""
+SAMPLE = 100
+"""Documents on which is tried whether ids decode to their text."""
 
 
 def prepare(
-    input: list[str],
+    input: list[str] | str,
     output: str,
     tokenizer: str = "bytes",
     source: str | None = None,
@@ -113,14 +37,21 @@ def prepare(
     eos: str | None = None,
     reader: Reader = Reader(),
     tolerated: float = 0.01,
-) -> dict[str, Any]:
+    filter: DependencyFilter | None = None,
+    interleave: Interleave | None = None,
+    part: int = 0,
+    parts: int = 1,
+    executor: Executor | None = None,
+) -> dict[str, Any] | None:
     """Tokenise documents into OUTPUT/train and OUTPUT/held_out.
 
     Args:
-        input: Files, folders or globs (jsonl, parquet, text; .gz and .zst too), `code:DIR` for a
-            source tree with one document per package, or `stdlib` for Python's own sources.
+        input: File, folder, glob or URL, or a list of them (jsonl, parquet, text; .gz and .zst
+            too; what `Dataset.save_to_disk` wrote), `code:DIR` for repositories that lie side by
+            side, one document each, or `stdlib` for Python's own sources.
         output: Folder to make; must not exist.
-        tokenizer: `bytes`, a tokenizer.json or a folder that holds one.
+        tokenizer: `bytes`, a tokenizer.json, a sentencepiece tokenizer.model or a folder that
+            holds one.
         source: Name of the source in reports; default: the output folder's name.
         held_out: Share of documents kept for evaluation, chosen by a hash of their names.
         chunk_tokens: Tokens per chunk file, a multiple of 256; windows cannot be longer.
@@ -128,34 +59,78 @@ def prepare(
         eos: Token that ends documents; default: tokenizer_config.json's.
         reader: Which fields of rows hold text and name, and the largest document.
         tolerated: Largest share of broken documents; above it nothing is written.
+        filter: Keep only training documents whose long-dependency score is high enough.
+        interleave: Join every few training documents into one, their chunks in turn.
+        part: Which of the parts to read.
+        parts: Equal shares of the input's files; one alone is a folder like any other.
+        executor: What runs the parts, on this machine or many, before they are joined; the same
+            command again goes on where it stopped.
 
     Returns:
-        The manifest.
+        The manifest; None if parts are still missing.
     """
+    if executor:
+        settings = {name: value for name, value in locals().items() if name not in OWN}
+        return in_parts(partial(prepare, **settings), executor, Path(output), source)
     if chunk_tokens % BLOCK or chunk_tokens <= 0:
         raise ValueError(f"chunk_tokens {chunk_tokens} is no multiple of {BLOCK}")
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out {held_out} is no share; expected 0 ≤ held_out < 1")
+    inputs = [input] if isinstance(input, str) else input
     coder = open_tokenizer(tokenizer, bos, eos)
     faults = Faults(tolerated)
     with manifest.whole_folder(Path(output)) as folder:
-        writers = {split: SplitWriter(folder / split, coder, chunk_tokens) for split in SPLITS}
-        for document, ids in encoded(progress(reader.documents(input, faults)), coder, faults):
-            split = "held_out" if share_of(document.id) < held_out else "train"
-            writers[split].add(ids)
+        about = described(coder)
+        writers = {split: SplitWriter(folder / split, about, chunk_tokens) for split in SPLITS}
+        documents = progress(reader.documents(inputs, faults, part, parts))
+        sample = list(islice(documents, SAMPLE))
+        exact = round_trip(coder, [document.text for document in sample])
+        pairs = encoded(chain(sample, documents), coder, faults)
+        pairs = set_aside(pairs, held_out, writers["held_out"])
+        for step in (filter, interleave):
+            pairs = step(pairs) if step else pairs
+        for _, ids in pairs:
+            writers["train"].add(ids)
         faults.check()
-        if not writers["train"].ledger.documents:
+        if parts == 1 and not writers["train"].ledger.documents:
             raise ValueError(f"input {input} holds no document to train on")
         for writer in writers.values():
             if writer.ledger.documents:
                 writer.finish()
         (folder / "tokenizer").mkdir()
         coder.save(folder / "tokenizer")
-        content = describe(writers, coder, source or Path(output).name, chunk_tokens, faults)
+        content = {
+            "format": 1,
+            "source": source or Path(output).name,
+            "block": BLOCK,
+            "chunk_tokens": chunk_tokens,
+            "tokenizer": about,
+            "round_trip": exact,
+            "input": inputs,
+            "part": [part, parts],
+            "splits": {split: writer.describe() for split, writer in writers.items()},
+            "broken": {
+                kind: {"count": number, "first": faults.examples[kind]}
+                for kind, number in faults.kinds.items()
+            },
+            "filter": filter and filter.report,
+            "interleave": interleave and vars(interleave),
+        }
         manifest.seal(folder, manifest.hash_files(folder), **content)
     print(report(content))
     print(f"wrote {output}")
     return content
+
+
+def set_aside(
+    pairs: Iterable[tuple[Document, Ids]], share: float, writer: SplitWriter
+) -> Iterator[tuple[Document, Ids]]:
+    """Write held-out documents, chosen by name, before any step sees them; yield the others."""
+    for document, ids in pairs:
+        if share_of(document.id) < share:
+            writer.add(ids)
+        else:
+            yield document, ids
 
 
 def encoded(
@@ -207,44 +182,6 @@ def progress(documents: Iterable[Document], every: float = 2.0) -> Iterator[Docu
             )
 
 
-def describe(
-    writers: dict[str, SplitWriter],
-    tokenizer: Tokenizer,
-    source: str,
-    chunk_tokens: int,
-    faults: Faults,
-) -> dict[str, Any]:
-    """Return the manifest's content: tokenizer, ledger and lengths of each split, faults."""
-    splits = {}
-    for split, writer in writers.items():
-        ledger = writer.ledger
-        splits[split] = {
-            "documents": ledger.documents,
-            "tokens": ledger.tokens,
-            "text_tokens": ledger.text_tokens,
-            "boundary_tokens": ledger.boundary_tokens,
-            "padding": ledger.padding,
-            "chunks": writer.chunks,
-            "lengths": [
-                [e, ledger.lengths[e], ledger.length_tokens[e]] for e in sorted(ledger.lengths)
-            ],
-        }
-    return {
-        "format": 1,
-        "source": source,
-        "block": BLOCK,
-        "chunk_tokens": chunk_tokens,
-        "tokenizer": {
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "bos": tokenizer.bos,
-            "eos": tokenizer.eos,
-        },
-        "splits": splits,
-        "broken": {k: {"count": n, "first": faults.examples[k]} for k, n in faults.kinds.items()},
-    }
-
-
 def report(content: dict[str, Any]) -> str:
     """Token ledger and document lengths as a table."""
     lines = [f"source {content['source']}: token ledger"]
@@ -259,6 +196,15 @@ def report(content: dict[str, Any]) -> str:
     lines.append("  document length    documents         tokens   share")
     for edge, documents, tokens in train:
         lines.append(f"  ≥ {edge:>9,} tokens {documents:>10,} {tokens:>14,} {tokens / total:>7.1%}")
+    if found := content["filter"]:
+        lines.append(
+            f"  filter kept {found['kept']:,} documents ({found['kept_tokens']:,} tokens), dropped "
+            f"{found['dropped']:,} ({found['dropped_tokens']:,}); median score "
+            f"{found['quantiles'].get('0.5', 0):.3f}"
+        )
+    if content["round_trip"] < 1:
+        share = 1 - content["round_trip"]
+        lines.append(f"  {share:.0%} of the first texts do not come back exactly from their ids")
     for kind, fault in content["broken"].items():
         lines.append(f"  skipped {fault['count']:,}: {kind}, first at {fault['first']}")
     return "\n".join(lines)

@@ -1,9 +1,9 @@
 """LightningDataModule of continual pretraining: whole optimizer steps, elastic and resumable."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from math import ceil
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,11 +12,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_longctx.batch import NO_TARGET, Batch, Step, pack
 from lit_longctx.data.lanes import Lanes
+from lit_longctx.data.mds import Packs, open_windows
 from lit_longctx.data.order import Order
+from lit_longctx.data.packing import BestFit
+from lit_longctx.data.stages import ENDLESS, Course, Stage
+from lit_longctx.data.storage import ObjectStorage
+from lit_longctx.data.tokenizer import described, open_tokenizer
 from lit_longctx.data.windows import Windows
 
 SHUFFLED_CHUNKS = 4
 """Chunks whose windows are shuffled together."""
+Reader = Windows | Packs | BestFit
 
 
 @dataclass(frozen=True)
@@ -24,9 +30,19 @@ class Source:
     """A prepared folder and its part in the mixture."""
 
     folder: str
-    """Output folder of `lit_longctx prepare`."""
+    """Output folder of `lit_longctx prepare`, or its URL (s3://…); or a folder of MDS shards."""
     weight: float | None = None
     """Share of the samples, in any unit; for all sources or none (then: in proportion to size)."""
+    tokenizer: str | None = None
+    """Tokenizer of MDS shards (`bytes`, a file or a folder); prepared folders know their own."""
+
+    def open(self, split: str, length: int, storage: ObjectStorage) -> Windows | Packs:
+        """Return the windows of a split."""
+        if self.tokenizer is None:
+            return open_windows(self.folder, split, length, storage)
+        return open_windows(
+            self.folder, split, length, storage, described(open_tokenizer(self.tokenizer))
+        )
 
 
 class PretrainData(LightningDataModule):
@@ -41,6 +57,11 @@ class PretrainData(LightningDataModule):
         num_workers: Loader processes per training process; 0 reads in the training process.
         held_out_windows: Windows of each source's held-out split to validate on, spread evenly.
         lanes: Let rows walk through documents, for a model with memory, instead of shuffling.
+        packing: `concatenate` joins documents and cuts the stream every `window` tokens;
+            `best_fit` cuts only documents longer than the window, and pads.
+        storage: Cache and access for sources in object storage.
+        stages: Stretches of the run with another window, batch, mix, theta or learning rate, one
+            after the other; default: one, with the settings above.
     """
 
     def __init__(
@@ -53,6 +74,9 @@ class PretrainData(LightningDataModule):
         num_workers: int = 0,
         held_out_windows: int = 32,
         lanes: bool = False,
+        packing: Literal["concatenate", "best_fit"] = "concatenate",
+        storage: ObjectStorage = ObjectStorage(),
+        stages: list[Stage] | None = None,
     ) -> None:
         super().__init__()
         if min(window, batch_tokens, micro_batch_size) < 1:
@@ -62,53 +86,77 @@ class PretrainData(LightningDataModule):
             )
         if held_out_windows < 0:
             raise ValueError(f"held_out_windows {held_out_windows} must be 0 or more")
-        if batch_tokens % window:
-            raise ValueError(f"batch_tokens {batch_tokens} is no multiple of window {window}")
         given = [source.weight is not None for source in sources.values()]
         if not given or any(given) != all(given):
             raise ValueError(
                 "sources need a weight each, or none of them one; and there must be a source"
             )
+        if lanes and (stages or packing == "best_fit"):
+            raise ValueError("lanes walk through documents: they take no stages and no best_fit")
         self.sources = sources
-        self.window = window
-        self.batch_windows = batch_tokens // window
-        self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.num_workers = num_workers
         self.held_out_windows = held_out_windows
         self.lanes = lanes
-        manifests = [self._windows(source, "train").manifest for source in sources.values()]
-        self.tokenizer: dict[str, Any] = manifests[0]["tokenizer"]
-        for name, other in zip(sources, manifests, strict=True):
-            if other["tokenizer"] != self.tokenizer:
+        self.packing = packing
+        weights = {n: s.weight for n, s in sources.items() if s.weight is not None}
+        run = Stage(ENDLESS, window, batch_tokens, micro_batch_size, weights or None)
+        self.staged = bool(stages)
+        self.course = Course([stage.completed(run) for stage in stages or [run]])
+        self.window = max(stage.window for stage in self.course.stages)
+        for stage in self.course.stages:
+            if unknown := set(stage.weights or {}) - set(sources):
+                raise ValueError(
+                    f"a stage names source {unknown.pop()}; sources are {', '.join(sources)}"
+                )
+        self.storage = storage
+        opened = {n: s.open("train", self.window, storage) for n, s in sources.items()}
+        first = next(iter(opened.values()))
+        self.tokenizer: dict[str, Any] = first.manifest["tokenizer"]
+        for name, other in opened.items():
+            if other.manifest["tokenizer"] != self.tokenizer:
                 raise ValueError(
                     f"source {name} was prepared with another tokenizer; prepare all with one"
                 )
-        self.tokenizer_folder = Path(next(iter(sources.values())).folder) / "tokenizer"
+            if isinstance(other, Packs) and (lanes or packing == "best_fit"):
+                raise ValueError(f"source {name} is packed already: leave out lanes and best_fit")
+        own = [w.tokenizer_folder for w in opened.values() if isinstance(w, Windows)]
+        self.tokenizer_folder = own[0] if own else None
 
-    def _windows(self, source: Source, split: str) -> Windows:
-        return Windows(source.folder, split, self.window)
-
-    def open(self, split: str) -> dict[str, Windows]:
+    def open(self, split: str, length: int) -> dict[str, Windows | Packs]:
         """Return each source's windows; ValueError if a source has too few tokens for one."""
-        found = {name: self._windows(source, split) for name, source in self.sources.items()}
+        found = {n: s.open(split, length, self.storage) for n, s in self.sources.items()}
         for name, windows in found.items():
             if not len(windows) and split == "train":
                 raise ValueError(
                     f"source {name} holds {windows.tokens} {split} tokens, "
-                    f"less than a window of {self.window}"
+                    f"less than a window of {length}"
                 )
         return found
 
-    def order(self) -> Order | Lanes:
-        """Return the run's order of samples."""
-        windows = list(self.open("train").values())
-        weights = [s.weight for s in self.sources.values() if s.weight is not None]
+    def readers(self, stage: Stage) -> dict[str, Reader]:
+        """Return what serves a stage's windows, by source."""
+        opened = self.open("train", stage.window)
+        names = [name for name in opened if not stage.weights or name in stage.weights]
+        if self.packing == "concatenate":
+            return {name: opened[name] for name in names}
+        return {name: self._best_fit(opened[name]) for name in names}
+
+    def _best_fit(self, windows: Windows | Packs) -> BestFit:
+        assert isinstance(windows, Windows)
+        return BestFit(windows, SHUFFLED_CHUNKS * windows.manifest["chunk_tokens"])
+
+    def order(
+        self, readers: Mapping[str, Reader], stage: Stage, read: Mapping[str, int] | None = None
+    ) -> Order | Lanes:
+        """Return a stage's order of samples; `read` tokens of each source count as drawn."""
+        lengths = [len(reader) for reader in readers.values()]
+        weights = [stage.weights[name] for name in readers] if stage.weights else None
         if self.lanes:
-            lengths = [len(w) for w in windows]
-            return Lanes(lengths, weights or None, self.seed, self.batch_windows)
-        per_group = [SHUFFLED_CHUNKS * w.manifest["chunk_tokens"] // self.window for w in windows]
-        return Order([len(w) for w in windows], weights or None, self.seed, per_group)
+            return Lanes(lengths, weights, self.seed, stage.rows)
+        groups = [_groups(reader) for reader in readers.values()]
+        begun = [ceil((read or {}).get(name, 0) / stage.window) for name in readers]
+        return Order(lengths, weights, self.seed, groups, begun)
 
     def train_dataloader(self) -> DataLoader:
         """Whole steps of this rank, from the sample the model has come to."""
@@ -119,18 +167,31 @@ class PretrainData(LightningDataModule):
             raise ValueError(
                 "set Trainer(use_distributed_sampler=False): the order of samples is ours"
             )
-        if self.batch_windows % ranks:
-            raise ValueError(
-                f"{self.batch_windows} windows per step do not divide among {ranks} processes"
-            )
+        for stage in self.course.stages:
+            if stage.rows % ranks:
+                raise ValueError(
+                    f"{stage.rows} windows per step do not divide among {ranks} processes"
+                )
         if trainer.max_steps < 1:
             raise ValueError(
                 "set trainer.max_steps: the run's length is counted in optimizer steps"
             )
+        if self.staged and trainer.max_steps != self.course.steps[-1]:
+            raise ValueError(
+                f"the stages have {self.course.steps[-1]} steps; got trainer.max_steps "
+                f"{trainer.max_steps}, set it to their sum"
+            )
         consumed = int(getattr(trainer.lightning_module, "samples_consumed", 0))
-        steps = Steps(
-            self, trainer.global_rank, ranks, consumed - trainer.global_step * self.batch_windows
-        )
+        shift = consumed - self.course.first_sample(trainer.global_step)
+        if self.staged and shift:
+            raise ValueError(
+                f"at step {trainer.global_step} the stages have read {consumed - shift} samples, "
+                f"the run had read {consumed}; go on with the stages it began with"
+            )
+        steps = Steps(self, trainer.global_rank, ranks, shift)
+        if trainer.global_rank == 0:
+            for line in steps.reports():
+                print(line)
         return self._loader(steps, Upward(trainer.global_step, trainer.max_steps))
 
     def val_dataloader(self) -> DataLoader:
@@ -151,17 +212,28 @@ class PretrainData(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def batch(self, windows: dict[str, Windows], rows: list[tuple[int, int, int]]) -> Batch:
-        """Pack rows given as (source, window, sample); window −1 is padding, without targets."""
-        opened = list(windows.values())
-        padding = np.full(self.window + 1, NO_TARGET)
-        tokens = [padding if window < 0 else opened[source][window] for source, window, _ in rows]
-        return pack(
-            torch.from_numpy(np.stack(tokens)),
-            self.tokenizer["bos"],
-            sources=torch.tensor([source for source, *_ in rows]),
-            samples=torch.tensor([sample for *_, sample in rows]),
-        )
+
+def read_batch(readers: Mapping[int, Reader], rows: list[tuple[int, int, int]], bos: int) -> Batch:
+    """Pack rows given as (source, window, sample); window −1 is padding, without targets."""
+    length = next(reader.length for reader in readers.values())
+    padding = np.full(length + 1, NO_TARGET), np.zeros(length + 1, dtype=bool)
+    found = [padding if window < 0 else readers[source][window] for source, window, _ in rows]
+    tokens = [row[0] if isinstance(row, tuple) else row for row in found]
+    starts = [row[1] if isinstance(row, tuple) else row == bos for row in found]
+    return pack(
+        torch.from_numpy(np.stack(tokens)),
+        bos,
+        torch.from_numpy(np.stack(starts)),
+        sources=torch.tensor([source for source, *_ in rows]),
+        samples=torch.tensor([sample for *_, sample in rows]),
+    )
+
+
+def _groups(reader: Reader) -> int | list[int]:
+    """Windows of each group that is shuffled together: those of a few chunks."""
+    if isinstance(reader, BestFit):
+        return reader.plan.groups
+    return SHUFFLED_CHUNKS * reader.manifest["chunk_tokens"] // reader.length
 
 
 class Upward(Sampler[int]):
@@ -182,41 +254,69 @@ class Upward(Sampler[int]):
 
 
 class Steps(Dataset):
-    """Optimizer step → this rank's micro-batches."""
+    """Optimizer step → this rank's micro-batches.
 
-    def __init__(self, data: PretrainData, rank: int, ranks: int, first_sample: int) -> None:
-        self.data = data
-        self.first_sample = first_sample
-        self.windows = data.open("train")
-        self.order = data.order()
-        self.rows = data.batch_windows // ranks
-        self.offset = rank * self.rows
+    A later stage goes on in each source's epoch where the one before it stopped, to within the
+    group of chunks that was being read.
+    """
+
+    def __init__(self, data: PretrainData, rank: int, ranks: int, shift: int = 0) -> None:
+        self.course, self.bos = data.course, data.tokenizer["bos"]
+        self.rank, self.ranks, self.shift = rank, ranks, shift
+        self.numbers = {name: number for number, name in enumerate(data.sources)}
+        self.readers: list[dict[str, Reader]] = []
+        self.orders: list[Order | Lanes] = []
+        read = dict.fromkeys(data.sources, 0)
+        for stage in data.course.stages:
+            readers = data.readers(stage)
+            order = data.order(readers, stage, read)
+            self.readers.append(readers)
+            self.orders.append(order)
+            if isinstance(order, Order) and data.staged:
+                drawn = order.drawn(stage.steps * stage.rows)
+                for name, windows in zip(readers, drawn, strict=True):
+                    read[name] += windows * stage.window
+
+    def reports(self) -> list[str]:
+        """Return what best-fit packing does to each source."""
+        return [
+            f"{name}, window {reader.length}: {reader.report()}"
+            for readers in self.readers
+            for name, reader in readers.items()
+            if isinstance(reader, BestFit)
+        ]
 
     def __getitem__(self, step: int) -> Step:
         """Read one step."""
-        begin = self.first_sample + step * self.data.batch_windows
-        mine = range(begin + self.offset, begin + self.offset + self.rows)
-        rows = [(*self.order(sample), sample) for sample in mine]
-        size = self.data.micro_batch_size
-        batches = [
-            self.data.batch(self.windows, rows[i : i + size]) for i in range(0, len(rows), size)
-        ]
-        restart = isinstance(self.order, Lanes) and self.order.restarts(begin)
-        return Step(batches, begin + self.data.batch_windows, restart)
+        number = self.course.at(step)
+        stage, order = self.course.stages[number], self.orders[number]
+        names = list(self.readers[number])
+        by_number = {self.numbers[name]: r for name, r in self.readers[number].items()}
+        begin = self.course.first_sample(step) + self.shift
+        share = stage.rows // self.ranks
+        rows = []
+        for sample in range(begin + self.rank * share, begin + (self.rank + 1) * share):
+            source, window = order(sample - self.course.samples[number])
+            rows.append((self.numbers[names[source]], window, sample))
+        size = stage.micro_batch_size
+        parts = [read_batch(by_number, rows[i : i + size], self.bos) for i in range(0, share, size)]
+        restart = isinstance(order, Lanes) and order.restarts(begin)
+        after = begin + stage.rows
+        return Step(parts, after, self.course.tokens(after, step), restart)
 
 
 class HeldOut(Dataset):
     """Held-out micro-batches of one rank; ranks that run out get padding: all stay in step."""
 
     def __init__(self, data: PretrainData, rank: int, ranks: int) -> None:
-        self.data = data
-        self.windows = data.open("held_out")
+        self.bos = data.tokenizer["bos"]
+        self.windows = dict(enumerate(data.open("held_out", data.window).values()))
         chosen = []
-        for source, windows in enumerate(self.windows.values()):
+        for source, windows in self.windows.items():
             number = min(len(windows), data.held_out_windows)
             places = np.linspace(0, len(windows) - 1, number).round().astype(int) if number else []
             chosen += [(source, int(window), i) for i, window in enumerate(places)]
-        size = data.micro_batch_size
+        size = data.course.stages[-1].micro_batch_size
         chosen += [(0, -1, -1)] * (-len(chosen) % (size * ranks))
         self.rows = [chosen[i : i + size] for i in range(rank * size, len(chosen), size * ranks)]
 
@@ -225,4 +325,4 @@ class HeldOut(Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         """Read one micro-batch."""
-        return self.data.batch(self.windows, self.rows[index])
+        return read_batch(self.windows, self.rows[index], self.bos)

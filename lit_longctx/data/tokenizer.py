@@ -1,6 +1,5 @@
 """Text ↔ token ids, such that no text can forge the token that begins a document."""
 
-import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
@@ -11,6 +10,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from lit_longctx.data.fingerprint import fingerprint
+from lit_longctx.data.special_tokens import FAST, LLAMA, named, read_config, save_config, unnamed
 
 Ids = np.ndarray
 """One-dimensional array of token ids."""
@@ -36,7 +38,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as Hugging Face reads them."""
+        """Write the tokenizer and tokenizer_config.json, as Hugging Face reads them."""
 
     @property
     @abstractmethod
@@ -62,7 +64,7 @@ class ByteTokenizer(Tokenizer):
     def save(self, folder: str | Path) -> None:
         """Write the same mapping as a byte-level BPE without merges, with ids equal to bytes."""
         self._as_bpe().save(str(Path(folder) / "tokenizer.json"))
-        save_config(Path(folder), {}, "<bos>", "<eos>")
+        save_config(Path(folder), FAST, "<bos>", "<eos>")
 
     def _as_bpe(self) -> tokenizers.Tokenizer:
         bpe = tokenizers.Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
@@ -103,15 +105,10 @@ class JsonTokenizer(Tokenizer):
         self.bos_token, self.bos = self._special("bos", bos)
         self.eos_token, self.eos = self._special("eos", eos)
 
-    def _config(self) -> dict[str, Any]:
-        return read_config(self.file.with_name("tokenizer_config.json"))
-
     def _special(self, role: str, token: str | None) -> tuple[str, int]:
-        token = _content(self._config().get(f"{role}_token")) if token is None else token
+        token = named(self.file.parent, role) if token is None else token
         if token is None:
-            raise ValueError(
-                f"{self.file.parent} names no {role.upper()} token; pass --{role} TOKEN"
-            )
+            raise unnamed(self.file.parent, role)
         number = self.model.token_to_id(token)
         if number is None:
             raise ValueError(f"{self.file} has no token {token!r} for {role.upper()}")
@@ -120,8 +117,7 @@ class JsonTokenizer(Tokenizer):
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each text; the library spreads a batch over the processor's cores."""
         found = self.model.encode_batch_fast(list(texts), add_special_tokens=False)
-        dtype = np.uint16 if self.vocab_size <= 2**16 else np.int32
-        return [np.asarray(encoding.ids, dtype=dtype) for encoding in found]
+        return [np.asarray(encoding.ids, dtype=_dtype(self.vocab_size)) for encoding in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens left out."""
@@ -130,58 +126,140 @@ class JsonTokenizer(Tokenizer):
     def save(self, folder: str | Path) -> None:
         """Copy tokenizer.json, and tokenizer_config.json with the BOS and EOS in use."""
         shutil.copyfile(self.file, Path(folder) / "tokenizer.json")
-        save_config(Path(folder), self._config(), self.bos_token, self.eos_token)
+        config = read_config(self.file.parent) or FAST
+        save_config(Path(folder), config, self.bos_token, self.eos_token)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of tokenizer.json with BOS and EOS."""
-        content = self.file.read_bytes() + f"\n{self.bos}\n{self.eos}".encode()
-        return hashlib.sha256(content).hexdigest()
+        """Hash of what decides ids in tokenizer.json, with BOS and EOS."""
+        return fingerprint(self.file, self.bos, self.eos)
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """Return a tokenizer_config.json, {} if there is none; ValueError if it is broken."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return config
+def _dtype(vocab_size: int) -> type[np.generic]:
+    return np.uint16 if vocab_size <= 2**16 else np.int32
 
 
-def save_config(folder: Path, config: dict[str, Any], bos: str, eos: str) -> None:
-    """Write the tokenizer_config.json that transformers needs, naming BOS and EOS."""
-    plain = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config = dict(config or plain)
-    for role, token in (("bos_token", bos), ("eos_token", eos)):
-        if _content(config.get(role)) != token:
-            config[role] = token
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece tokenizer.model; BOS and EOS from `bos`, `eos`, its config or the model.
+
+    Control symbols such as <s> are plain text where a text holds them. User-defined symbols are
+    single tokens wherever they occur, as the model's author wants; as BOS they could be forged.
+    """
+
+    def __init__(self, file: str | Path, bos: str | None = None, eos: str | None = None) -> None:
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError:
+            raise ValueError(
+                f"{file} needs the package sentencepiece; pip install 'lit_longctx[hf]'"
+            ) from None
+        self.file = Path(file)
+        try:
+            self.model = SentencePieceProcessor(model_file=str(self.file))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{self.file} is no sentencepiece model: {error}") from None
+        self.vocab_size = self.model.get_piece_size()
+        self.bos_token, self.bos = self._special("bos", bos, self.model.bos_id())
+        self.eos_token, self.eos = self._special("eos", eos, self.model.eos_id())
+
+    def _special(self, role: str, token: str | None, own: int) -> tuple[str, int]:
+        token = named(self.file.parent, role) if token is None else token
+        if token is None and own >= 0:
+            token = self.model.id_to_piece(own)
+        if token is None:
+            raise unnamed(self.file.parent, role)
+        number = self.model.piece_to_id(token)  # <unk> if there is none
+        if self.model.id_to_piece(number) != token:
+            raise ValueError(f"{self.file} has no token {token!r} for {role.upper()}")
+        return token, number
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids of each text; the library spreads a batch over the processor's cores."""
+        found = self.model.encode(list(texts), out_type=int)
+        return [np.asarray(ids, dtype=_dtype(self.vocab_size)) for ids in found]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; control symbols left out."""
+        return self.model.decode([int(i) for i in ids])
+
+    def save(self, folder: str | Path) -> None:
+        """Copy tokenizer.model, and tokenizer_config.json with the BOS and EOS in use.
+
+        transformers opens it as LlamaTokenizer, unless the config came with another class. It has
+        rules of its own for spaces at the beginning of a text.
+        """
+        shutil.copyfile(self.file, Path(folder) / "tokenizer.model")
+        config = read_config(self.file.parent) or LLAMA
+        save_config(Path(folder), config, self.bos_token, self.eos_token)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of tokenizer.model with BOS and EOS."""
+        return fingerprint(self.file, self.bos, self.eos)
 
 
-def _content(token: str | dict[str, Any] | None) -> str | None:
-    """Text of a special token, which a config may hold with its settings."""
-    return token.get("content") if isinstance(token, dict) else token
+def round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+    """Return the share of texts whose ids decode to exactly the text; 1 if there is no text."""
+    found = tokenizer.encode(texts)
+    same = [tokenizer.decode(i.tolist()) == text for i, text in zip(found, texts, strict=True)]
+    return sum(same) / len(same) if same else 1.0
+
+
+def described(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what a manifest says of a tokenizer."""
+    names = ("fingerprint", "vocab_size", "bos", "eos")
+    return {name: getattr(tokenizer, name) for name in names}
 
 
 def open_tokenizer(name: str, bos: str | None = None, eos: str | None = None) -> Tokenizer:
-    """Return the tokenizer of that name: `bytes`, a tokenizer.json, or a folder that holds one."""
+    """Return the tokenizer of that name.
+
+    Args:
+        name: `bytes`, a tokenizer.json, a tokenizer.model, or a folder that holds one of them; of
+            both, tokenizer.json.
+        bos: Token that begins documents; default: tokenizer_config.json's.
+        eos: Token that ends documents; default: tokenizer_config.json's.
+    """
     if name == "bytes":
         if bos or eos:
             raise ValueError("tokenizer 'bytes' has its own BOS and EOS; leave --bos and --eos out")
         return ByteTokenizer()
-    path = Path(name)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(
-            f"tokenizer {name!r} not found; expected 'bytes', a tokenizer.json or its folder"
-        )
+    file = _file_of(Path(name))
+    if file is None:
+        expected = "'bytes', a tokenizer.json, a tokenizer.model or their folder"
+        raise ValueError(f"tokenizer {name!r} not found; expected {expected}")
+    if file.suffix == ".model":
+        return SentencePieceTokenizer(file, bos, eos)
     if not (bos or eos) and _is_bytes(file):
         return ByteTokenizer()
     return JsonTokenizer(file, bos, eos)
+
+
+def fingerprint_of(
+    folder: str | Path, bos: int | None = None, eos: int | None = None
+) -> str | None:
+    """Return the fingerprint of the tokenizer in a checkpoint's folder; None if it has none.
+
+    Args:
+        folder: Folder that may hold a tokenizer.json or a tokenizer.model.
+        bos: Id that the data begins documents with; default: what the folder's config says, which
+            is another one where `prepare` was told --bos.
+        eos: Id that the data ends documents with; default likewise.
+
+    Raises:
+        ValueError: The tokenizer is broken, or does not name a BOS or EOS that is not given.
+    """
+    file = _file_of(Path(folder)) if Path(folder).is_dir() else None
+    if file is None:
+        return None
+    if bos is None or eos is None or (file.suffix == ".json" and _is_bytes(file)):
+        return open_tokenizer(str(file)).fingerprint
+    return fingerprint(file, bos, eos)
+
+
+def _file_of(path: Path) -> Path | None:
+    places = [path / "tokenizer.json", path / "tokenizer.model"] if path.is_dir() else [path]
+    return next((place for place in places if place.is_file()), None)
 
 
 def _is_bytes(file: Path) -> bool:

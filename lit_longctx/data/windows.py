@@ -1,29 +1,46 @@
-"""Token windows by number from a prepared folder; all that touches litdata's reading side."""
+"""Token windows by number, and any stretch of tokens, from a prepared folder or URL.
 
+litdata writes the chunk files and carries them; they are read here as what they are: flat tokens
+behind a header. Through its dataset a stretch would cost 15 µs per block of 256 tokens.
+"""
+
+import json
+import mmap
+from collections import Counter
+from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from litdata import StreamingDataset, TokensLoader
-from litdata.utilities.env import _DistributedEnv
+from litdata.constants import _NUMPY_DTYPES_MAPPING
 
-from lit_longctx import manifest
+from lit_longctx.data.remote import open_folder
+from lit_longctx.data.storage import ObjectStorage
+
+OPEN_CHUNKS = 5
+"""Chunks held open: a group that is shuffled together, and the one its last window runs into."""
+LENGTHS = "lengths.npy"
+"""File of a split that holds the tokens of every document."""
 
 
 class Windows:
     """Windows of `length` + 1 tokens at stride `length` over one split of a prepared folder.
 
     Each file's hash is checked when it is first read, so that an altered one stops the run instead
-    of training it. Costs about 15 µs per block.
+    of training it. A window costs a memory copy; the first of a chunk, its hash (about 1 GB/s) and,
+    from a URL, its download.
     """
 
-    def __init__(self, folder: str | Path, split: str, length: int) -> None:
-        self.folder, self.split, self.length = Path(folder), split, length
-        if not self.folder.is_dir():
-            raise ValueError(
-                f"data folder {folder} does not exist; make it with lit_longctx prepare"
-            )
-        self.manifest: dict[str, Any] = manifest.read(self.folder)
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        length: int,
+        storage: ObjectStorage = ObjectStorage(),
+    ) -> None:
+        self.folder, self.split, self.length = folder, split, length
+        self.manifest, self.files = open_folder(folder, storage)
         if split not in self.manifest.get("splits", {}):
             raise ValueError(f"{folder} holds no split {split!r}; make it with lit_longctx prepare")
         self.block: int = self.manifest["block"]
@@ -36,9 +53,7 @@ class Windows:
                 f"prepare with --chunk_tokens {length} or more"
             )
         self.tokens: int = self.manifest["splits"][split]["tokens"]
-        self.blocks_per_chunk = chunk // self.block
-        self.checked: set[int] = set()
-        self._stream: StreamingDataset | None = None
+        self._chunks: Chunks | None = None
 
     def __len__(self) -> int:
         """Whole windows in the split; the last needs one token beyond it."""
@@ -49,37 +64,86 @@ class Windows:
         """Stride tokens at the end that fill no window: tokens = windows × length + dropped."""
         return self.tokens - len(self) * self.length
 
+    @property
+    def fetches(self) -> Counter[str]:
+        """How often this process asked for each file over the network."""
+        return self.files.fetches
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the folder's tokenizer lies on disk; fetched there from a URL."""
+        return self.files.subfolder("tokenizer")
+
     def __getitem__(self, index: int) -> np.ndarray:
         """Return tokens [index × length, (index + 1) × length], both ends included."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        first = index * self.length // self.block
-        blocks = [self._block(first + i) for i in range(self.length // self.block)]
-        following = self._block(first + self.length // self.block)[:1]
-        return np.concatenate([*blocks, following]).astype(np.int64)
+        return self.read(index * self.length, (index + 1) * self.length + 1)
 
-    def _block(self, number: int) -> np.ndarray:
-        chunk = number // self.blocks_per_chunk
-        if chunk not in self.checked:
-            self._check(f"chunk-0-{chunk}.bin")
-            self.checked.add(chunk)
-        return np.asarray(self._open()[number])
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return tokens [start, stop) of the split as int64; costs about a memory copy."""
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.tokens}")
+        if self._chunks is None:
+            self._chunks = Chunks(self)
+        found = np.empty(stop - start, dtype=np.int64)
+        at = start
+        while at < stop:
+            part = self._chunks.rest(at)[: stop - at]
+            found[at - start : at - start + len(part)] = part
+            at += len(part)
+        return found
 
-    def _check(self, file: str) -> None:
-        name = f"{self.split}/{file}"
-        manifest.check_file(self.folder, name, self.manifest["files"][name])
-
-    def _open(self) -> StreamingDataset:
-        if self._stream is None:
-            self._check("index.json")
-            loader = TokensLoader(block_size=self.block)
-            self._stream = StreamingDataset(
-                str(self.folder / self.split), item_loader=loader, shuffle=False
-            )
-            # litdata would divide the blocks among ranks by itself; here every rank sees all
-            self._stream.distributed_env = _DistributedEnv(1, 0, 1)
-        return self._stream
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of each document in order, BOS and EOS included, uint32."""
+        name = f"{self.split}/{LENGTHS}"
+        if name not in self.manifest["files"]:
+            raise ValueError(f"{self.folder} was prepared by an older version; prepare it again")
+        with self.files.open(name) as file:
+            return np.load(file)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave litdata's open files behind when a loader worker copies this."""
-        return {**self.__dict__, "_stream": None}
+        """Leave open files behind when a loader worker copies this."""
+        return {**self.__dict__, "_chunks": None}
+
+
+class Chunks:
+    """The chunk files of one split as one run of tokens."""
+
+    def __init__(self, windows: Windows) -> None:
+        self.maps = Maps(windows.files.open)
+        index = json.loads(self.maps(f"{windows.split}/index.json")[:])
+        kind, number = index["config"]["data_format"][0].split(":")
+        assert kind == "no_header_numpy"
+        self.dtype = _NUMPY_DTYPES_MAPPING[int(number)]
+        self.names = [f"{windows.split}/{chunk['filename']}" for chunk in index["chunks"]]
+        self.ends = np.cumsum([chunk["dim"] for chunk in index["chunks"]])
+        assert self.ends[-1] == windows.tokens
+
+    def rest(self, token: int) -> np.ndarray:
+        """Tokens from `token` to the end of its chunk, in the file's own type, without a copy."""
+        chunk = int(np.searchsorted(self.ends, token, side="right"))
+        content = self.maps(self.names[chunk])
+        # litdata's header: the number of items, then where each begins and where the last ends
+        begin = int(np.frombuffer(content, np.uint32, 2)[1])
+        tokens = np.frombuffer(content, self.dtype, offset=begin)
+        return tokens[token - int(self.ends[chunk]) :]
+
+
+class Maps:
+    """The files read last, mapped into memory; a file mapped here is in use for the cache."""
+
+    def __init__(self, open: Callable[[str], BufferedReader]) -> None:
+        self.open = open
+        self.maps: dict[str, mmap.mmap] = {}
+
+    def __call__(self, name: str) -> mmap.mmap:
+        """Return a file's content; lets go of the one used least recently."""
+        content = self.maps.pop(name, None)
+        if content is None:
+            if len(self.maps) == OPEN_CHUNKS:
+                del self.maps[next(iter(self.maps))]
+            with self.open(name) as file:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.maps[name] = content
+        return content

@@ -2,8 +2,9 @@
 
 from abc import ABC
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,16 @@ from torch.distributed.tensor import DTensor
 
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import Batch, Step
-from lit_longctx.checkpoint import describe, describe_position, fill, read_model, resolve
+from lit_longctx.checkpoint import (
+    describe,
+    describe_position,
+    fill,
+    read_model,
+    resolve,
+    tokenizer_folder,
+)
+from lit_longctx.data.stages import ENDLESS, Course, Stage
+from lit_longctx.data.tokenizer import fingerprint_of
 from lit_longctx.evaluation.metrics import LossByPosition
 from lit_longctx.memory import Memory
 from lit_longctx.model import Llama, LlamaConfig
@@ -124,6 +134,15 @@ class LanguageModule(LightningModule, ABC):
                 f"data has a vocabulary of {tokenizer['vocab_size']}, larger than the model's "
                 f"{self.config.vocab_size}; prepare the data with the model's tokenizer"
             )
+        folder = tokenizer_folder(self.start) if self.start and tokenizer else None
+        if folder and tokenizer:
+            own = fingerprint_of(folder, tokenizer["bos"], tokenizer["eos"])
+            if own != tokenizer["fingerprint"]:
+                raise ValueError(
+                    f"data has a tokenizer of fingerprint {tokenizer['fingerprint'][:12]}, "
+                    f"{self.start} one of {str(own)[:12]}; prepare the data with "
+                    f"--tokenizer {folder}"
+                )
 
     @rank_zero_only
     def _announce(self, fresh: list[str]) -> None:
@@ -157,6 +176,7 @@ class LanguageModule(LightningModule, ABC):
         spread.
         """
         assert self.llama is not None
+        self.llama.position = self.position_at(self.global_step)
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         weights = sum(
@@ -174,14 +194,36 @@ class LanguageModule(LightningModule, ABC):
         if not (mean.isfinite() and norm.isfinite()):
             optimizer.zero_grad()
             raise FloatingPointError(self._describe_blow_up(step, float(mean), float(norm)))
-        rate = self.learning_rate * self.schedule.factor(self.global_step, self.trainer.max_steps)
+        rate = self._learning_rate(self.global_step)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
         self.samples_consumed = step.next_sample
-        seen = self.samples_consumed * step.micro_batches[0].input_ids.shape[1]
-        self._log_step(mean=mean, norm=norm, rate=rate, tokens=seen)
+        self._log_step(mean=mean, norm=norm, rate=rate, tokens=step.next_token)
+
+    @property
+    def course(self) -> Course:
+        """The run's stages, of which the data knows; one without end where it knows of none."""
+        data = getattr(self.trainer, "datamodule", None)
+        return getattr(data, "course", Course([Stage(ENDLESS, 1, 1)]))
+
+    def position_at(self, step: int) -> PositionScheme:
+        """Return the position scheme of a step: a stage may have its own theta."""
+        theta = self.course.stages[self.course.at(step)].theta
+        return self.position if theta is None else replace(cast(Any, self.position), theta=theta)
+
+    def positions(self) -> list[PositionScheme]:
+        """Return the position scheme of every stage."""
+        return [self.position_at(step) for step in self.course.steps[:-1]]
+
+    def _learning_rate(self, step: int) -> float:
+        """Return the rate of a step: of the run's schedule, or of the stage's own."""
+        number = self.course.at(step)
+        own, begin = self.course.stages[number], self.course.steps[number]
+        if own.learning_rate is None:
+            return self.learning_rate * self.schedule.factor(step, self.trainer.max_steps)
+        return own.learning_rate * self.schedule.factor(step - begin, own.steps)
 
     def _memories(self, step: Step) -> Sequence[Memory | None]:
         """Return the memory of each micro-batch's rows; empty at first and where rows jump."""
@@ -260,10 +302,15 @@ class LanguageModule(LightningModule, ABC):
         data = getattr(self.trainer, "datamodule", None)
         checkpoint["samples_consumed"] = self.samples_consumed
         checkpoint["model_description"] = {
-            **describe(self.llama, getattr(data, "window", None)),
+            **describe(self.llama, self._longest_window() if data else None),
             "started_from": self._started_from(),
             "tokenizer": getattr(data, "tokenizer", None),
         }
+
+    def _longest_window(self) -> int:
+        """Tokens of the longest window that the run has seen."""
+        last = self.course.at(max(0, self.global_step - 1))
+        return max(stage.window for stage in self.course.stages[: last + 1])
 
     def _started_from(self) -> dict[str, Any] | None:
         if self.start is None or self.origin is None:
@@ -271,8 +318,10 @@ class LanguageModule(LightningModule, ABC):
         return {"checkpoint": str(self.start), "position": describe_position(self.origin)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the count of samples."""
+        """Take up the count of samples, and the places of the last step that was trained."""
+        assert self.llama is not None
         self.samples_consumed = checkpoint["samples_consumed"]
+        self.llama.position = self.position_at(max(0, checkpoint["global_step"] - 1))
 
     @property
     def tokenizer_folder(self) -> Path | None:

@@ -12,7 +12,8 @@ from tokenizers import models, pre_tokenizers
 
 from lit_longctx import manifest
 from lit_longctx.data import prepare as module
-from lit_longctx.data.prepare import SplitWriter, prepare
+from lit_longctx.data.chunks import SplitWriter
+from lit_longctx.data.prepare import prepare
 from lit_longctx.data.tokenizer import ByteTokenizer, Tokenizer
 from lit_longctx.data.windows import Windows
 
@@ -211,7 +212,7 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path):
             del hashes[f"{split}/index.json"]
         files.append(hashes)
     assert files[0] == files[1]
-    assert len(files[0]) == 20 + 1 + 2
+    assert len(files[0]) == 20 + 2 + 1 + 2
 
 
 def test_the_manifest_describes_the_data(tmp_path, capsys):
@@ -261,7 +262,8 @@ class Numbers(Tokenizer):
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.int32)])
 def test_tokens_are_as_wide_as_the_vocabulary_asks(tmp_path, vocab_size, dtype):
     coder = Numbers(vocab_size)
-    writer = SplitWriter(tmp_path / "train", coder, 512)
+    described = {"vocab_size": vocab_size, "bos": coder.bos, "eos": coder.eos}
+    writer = SplitWriter(tmp_path / "train", described, 512)
     document = [0, 1, 2**15, vocab_size - 3] * 150
     writer.add(np.array(document))
     writer.finish()

@@ -9,7 +9,7 @@ import torch
 
 from lit_longctx.batch import Batch, Documents, Step
 from lit_longctx.data.prepare import prepare
-from lit_longctx.data.pretraining import PretrainData, Source
+from lit_longctx.data.pretraining import PretrainData, Source, Steps, read_batch
 
 BOS, EOS = 256, 257
 WINDOW, ROWS, STEPS = 256, 8, 30
@@ -51,6 +51,10 @@ def data(folder, rows=ROWS, names=NAMES, weights=WEIGHTS, **settings):
     given = zip(names, weights or [None] * len(names), strict=True)
     sources = {name: Source(str(folder / name), weight) for name, weight in given}
     return PretrainData(sources, WINDOW, rows * WINDOW, **settings)
+
+
+def first_order(module):
+    return Steps(module, 0, 1).orders[0]
 
 
 def attach(module, rank=0, ranks=1, step=0, consumed=0, max_steps=STEPS, distributed_sampler=False):
@@ -200,10 +204,10 @@ def test_a_step_is_packed_batches(folder):
 
 def test_without_weights_an_epoch_is_every_window_once(folder):
     module = data(folder, weights=None)
-    counts = {name: len(windows) for name, windows in module.open("train").items()}
+    counts = {name: len(windows) for name, windows in module.open("train", WINDOW).items()}
     for name, count in counts.items():
         assert count == (len(flat(folder / name, "train")) - 1) // WINDOW
-    order = module.order()
+    order = first_order(module)
     drawn = Counter(order(n) for n in range(sum(counts.values())))
     assert drawn == dict.fromkeys(
         ((i, w) for i, n in enumerate(NAMES) for w in range(counts[n])), 1
@@ -212,8 +216,8 @@ def test_without_weights_an_epoch_is_every_window_once(folder):
 
 def test_shuffling_is_local_to_groups_of_four_chunks(folder):
     module = data(folder, names=["books"], weights=None)
-    count = len(module.open("train")["books"])
-    order = module.order()
+    count = len(module.open("train", WINDOW)["books"])
+    order = first_order(module)
     drawn = [order(n)[1] // 16 for n in range(count)]
     runs = [group for i, group in enumerate(drawn) if i == 0 or drawn[i - 1] != group]
     assert sorted(runs) == list(range(-(-count // 16)))
@@ -289,7 +293,8 @@ def test_test_reads_what_validate_reads(folder):
 
 def test_a_padding_row_among_others(folder):
     module = data(folder)
-    batch = module.batch(module.open("train"), [(0, 2, 9), (0, -1, -1), (1, 0, 4)])
+    readers = dict(enumerate(module.open("train", WINDOW).values()))
+    batch = read_batch(readers, [(0, 2, 9), (0, -1, -1), (1, 0, 4)], BOS)
     assert batch.samples.tolist() == [9, -1, 4]
     assert batch.sources.tolist() == [0, 0, 1]
     assert (batch.labels[1] == -100).all()

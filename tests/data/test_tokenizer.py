@@ -1,13 +1,22 @@
+import io
 import json
 import random
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
-from lit_longctx.data.tokenizer import ByteTokenizer, JsonTokenizer, open_tokenizer
+from lit_longctx.data.tokenizer import (
+    ByteTokenizer,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    fingerprint_of,
+    open_tokenizer,
+    round_trip,
+)
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<pad>"]
 
@@ -242,7 +251,7 @@ def test_bytes_with_another_bos_are_refused():
 def test_a_missing_tokenizer_is_one_line(tmp_path, name):
     (tmp_path / "folder").mkdir()
     with pytest.raises(
-        ValueError, match=r"not found; expected 'bytes', a tokenizer\.json or its folder"
+        ValueError, match=r"not found; expected 'bytes', a tokenizer\.json, a tokenizer\.model or "
     ):
         open_tokenizer(str(tmp_path / name))
 
@@ -252,3 +261,217 @@ def test_a_broken_tokenizer_json_is_named(folder, text):
     (folder / "tokenizer.json").write_text(text)
     with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer\.json: "):
         open_tokenizer(str(folder))
+
+
+def change(folder, **parts):
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **parts}))
+
+
+def without_effect(found):
+    """Changes of a tokenizer.json that change no id of a text."""
+    padding = bpe()
+    padding.enable_padding(length=7)
+    padding.enable_truncation(5)
+    yield json.loads(padding.to_str())
+    yield {"decoder": None, "post_processor": None}
+    yield {"model": {**found["model"], "merges": [" ".join(m) for m in found["model"]["merges"]]}}
+    yield {"model": {k: v for k, v in found["model"].items() if v not in (None, False)}}
+    more = bpe()
+    more.add_special_tokens(["<|pad|>"])
+    yield {"added_tokens": json.loads(more.to_str())["added_tokens"]}
+
+
+def with_effect(found):
+    """Changes that change the ids of the text in the test below."""
+    more = bpe()
+    more.add_tokens(["quick brown"])
+    yield {"added_tokens": json.loads(more.to_str())["added_tokens"]}
+    yield {"normalizer": {"type": "Lowercase"}}
+    yield {"model": {**found["model"], "merges": found["model"]["merges"][:20]}}
+    yield {"model": {**found["model"], "ignore_merges": True}, "pre_tokenizer": None}
+
+
+@pytest.mark.parametrize("changes", [without_effect, with_effect])
+def test_a_fingerprint_is_of_what_decides_ids(folder, changes):
+    found = json.loads((folder / "tokenizer.json").read_text())
+    coder = open_tokenizer(str(folder))
+    text = "The quick brown fox <s> jumps."
+    before = (coder.encode([text])[0].tolist(), coder.fingerprint)
+    seen = 0
+    for parts in changes(found):
+        (folder / "tokenizer.json").write_text(json.dumps(found, indent=3, sort_keys=True))
+        change(folder, **parts)
+        coder = open_tokenizer(str(folder))
+        after = (coder.encode([text])[0].tolist(), coder.fingerprint)
+        same = [a == b for a, b in zip(before, after, strict=True)]
+        assert same == ([True] * 2 if changes is without_effect else [False] * 2), parts.keys()
+        seen += 1
+    assert seen >= 4
+
+
+def test_saving_with_transformers_keeps_the_fingerprint(folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    before = fingerprint_of(folder)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    theirs.save_pretrained(tmp_path / "plain")
+    assert fingerprint_of(tmp_path / "plain") == before
+    theirs.pad_token = "<|pad|>"
+    theirs.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    theirs.save_pretrained(tmp_path / "chat")
+    assert fingerprint_of(tmp_path / "chat") == before
+    theirs.add_tokens(["quick"])
+    theirs.save_pretrained(tmp_path / "more")
+    assert fingerprint_of(tmp_path / "more") != before
+
+
+def test_the_fingerprint_of_a_folder(folder, tmp_path):
+    assert fingerprint_of(tmp_path / "missing") is None
+    assert fingerprint_of(tmp_path) is None
+    coder = open_tokenizer(str(folder))
+    assert fingerprint_of(folder) == coder.fingerprint == fingerprint_of(folder, coder.bos, 2)
+    assert fingerprint_of(folder, 3, 2) == open_tokenizer(str(folder), bos="<pad>").fingerprint
+    (folder / "tokenizer_config.json").unlink()
+    assert fingerprint_of(str(folder), 1, 2) == coder.fingerprint
+    with pytest.raises(ValueError, match="names no BOS token"):
+        fingerprint_of(folder)
+    ByteTokenizer().save(tmp_path)
+    assert fingerprint_of(tmp_path) == fingerprint_of(tmp_path, 256, 257) == "bytes-258"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 3}', '{"model": {}, "x": 1}'])
+def test_the_fingerprint_of_a_broken_tokenizer_is_one_line(folder, text):
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer\.json: ") as found:
+        fingerprint_of(folder)
+    assert "\n" not in str(found.value)
+
+
+def test_the_round_trip_counts_texts_that_come_back(folder):
+    texts = random_texts(50)
+    assert round_trip(ByteTokenizer(), texts) == 1
+    assert round_trip(open_tokenizer(str(folder)), [*texts, "a <s> b"]) == 1
+    assert round_trip(ByteTokenizer(), []) == 1
+    change(folder, normalizer={"type": "Lowercase"})
+    assert round_trip(open_tokenizer(str(folder)), ["a", "B", "c d", "\n"]) == 0.75
+
+
+PIECES = ["the quick brown fox jumps", "a b  c <s> and </s>", "déjà vu\tnaïve", "def f(x):"]
+
+
+def pieces(kind="bpe", **settings):
+    """Bytes of a tokenizer.model trained by sentencepiece itself, lossless unless told."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    lossless = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(PIECES * 20),
+        model_writer=out,
+        model_type=kind,
+        vocab_size=400,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        user_defined_symbols=["<|user|>"],
+        minloglevel=2,
+        **{**lossless, **settings},
+    )
+    return out.getvalue()
+
+
+@pytest.fixture(params=["bpe", "unigram"])
+def piece_folder(request, tmp_path):
+    path = tmp_path / "pieces"
+    path.mkdir()
+    (path / "tokenizer.model").write_bytes(pieces(request.param))
+    return path
+
+
+def test_sentencepiece_is_the_library(piece_folder):
+    from sentencepiece import SentencePieceProcessor
+
+    theirs = SentencePieceProcessor(model_file=str(piece_folder / "tokenizer.model"))
+    coder = open_tokenizer(str(piece_folder))
+    assert isinstance(coder, SentencePieceTokenizer)
+    assert isinstance(open_tokenizer(str(piece_folder / "tokenizer.model")), SentencePieceTokenizer)
+    assert (coder.bos, coder.eos) == (theirs.bos_id(), theirs.eos_id()) == (1, 2)
+    assert coder.vocab_size == theirs.get_piece_size()
+    texts = [text for text in random_texts(200) if "\0" not in text]
+    ids = coder.encode(texts)
+    assert [i.tolist() for i in ids] == [theirs.encode(text) for text in texts]
+    assert {i.dtype for i in ids} == {np.dtype(np.uint16)}
+    assert round_trip(coder, texts) == 1
+    assert coder.decode([1, *ids[0].tolist(), 2]) == texts[0]
+
+
+@pytest.mark.parametrize("text", ["<s>", "a <s> b", "<s><s>", "</s>\n<s>", "<unk>", "<pad>"])
+def test_no_text_forges_control_symbols_of_sentencepiece(piece_folder, text):
+    coder = open_tokenizer(str(piece_folder))
+    ids = coder.encode([text])[0].tolist()
+    assert not {coder.bos, coder.eos} & set(ids)
+    assert coder.decode(ids) == text
+
+
+def test_user_defined_symbols_are_single_tokens(piece_folder):
+    coder = open_tokenizer(str(piece_folder), bos="<|user|>")
+    assert coder.bos in coder.encode(["a <|user|> b"])[0]
+
+
+def test_what_a_normalizing_model_changes_shows_in_the_round_trip(tmp_path):
+    lossy = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
+    (tmp_path / "tokenizer.model").write_bytes(pieces(**lossy))
+    coder = open_tokenizer(str(tmp_path))
+    assert round_trip(coder, ["fine", "two  spaces", "ﬁ ligature", "also fine"]) == 0.5
+
+
+def test_a_saved_sentencepiece_model_is_the_same_tokenizer(piece_folder, tmp_path):
+    coder = open_tokenizer(str(piece_folder), bos="<|user|>")
+    coder.save(tmp_path)
+    again = open_tokenizer(str(tmp_path))
+    assert isinstance(again, SentencePieceTokenizer)
+    assert (again.bos, again.eos) == (coder.bos, coder.eos) == (3, 2)
+    assert again.fingerprint == coder.fingerprint == fingerprint_of(tmp_path)
+    assert fingerprint_of(piece_folder) != coder.fingerprint
+    assert fingerprint_of(piece_folder, 3, 2) == coder.fingerprint
+
+
+def test_a_saved_sentencepiece_model_opens_in_transformers(piece_folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    coder = open_tokenizer(str(piece_folder))
+    coder.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (1, 2, coder.vocab_size)
+    texts = ["the quick brown fox", "déjà  vu", "a\n\tb 中 <|user|> c"]
+    found = theirs(texts, add_special_tokens=False)["input_ids"]
+    assert found == [ids.tolist() for ids in coder.encode(texts)]
+
+
+def test_tokenizer_json_comes_before_tokenizer_model(folder):
+    (folder / "tokenizer.model").write_bytes(pieces())
+    assert isinstance(open_tokenizer(str(folder)), JsonTokenizer)
+
+
+def test_bos_of_sentencepiece_is_named_or_asked_for(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(pieces(bos_id=-1))
+    with pytest.raises(ValueError, match=r"names no BOS token; pass --bos TOKEN$"):
+        open_tokenizer(str(tmp_path))
+    with pytest.raises(ValueError, match=r"tokenizer\.model has no token '\[BOS\]' for BOS$"):
+        open_tokenizer(str(tmp_path), bos="[BOS]")
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": {"content": "</s>"}}')
+    coder = open_tokenizer(str(tmp_path))
+    assert coder.bos == coder.eos != -1
+
+
+def test_a_broken_or_unsupported_sentencepiece_model_is_one_line(tmp_path, monkeypatch):
+    path = tmp_path / "tokenizer.model"
+    for content in (b"", b"junk" * 50, pieces()[:1000]):
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"tokenizer\.model is no sentencepiece model"
+        ) as found:
+            open_tokenizer(str(path))
+        assert "\n" not in str(found.value)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ValueError, match=r"needs the package sentencepiece; pip install"):
+        open_tokenizer(str(path))

@@ -6,9 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
+from litdata import StreamingDataset, TokensLoader
+from litdata.streaming.writer import BinaryWriter
 
+from lit_longctx import manifest
 from lit_longctx.data.prepare import prepare
-from lit_longctx.data.windows import Windows
+from lit_longctx.data.windows import OPEN_CHUNKS, Windows
 
 BOS, EOS = 256, 257
 CHUNK = 1536
@@ -180,18 +183,103 @@ def test_ranks_in_the_environment_change_nothing(whole, monkeypatch):
     assert [windows[i].tolist() for i in range(len(windows))] == expected
 
 
+def by_litdata(folder):
+    """All tokens of a split as litdata's own dataset serves them, block by block."""
+    loader = TokensLoader(block_size=256)
+    stream = StreamingDataset(str(folder / "train"), item_loader=loader, shuffle=False)
+    return np.concatenate([np.asarray(stream[i]) for i in range(len(stream))]).tolist()
+
+
+def test_what_is_read_is_what_litdata_reads(whole):
+    folder, flat = whole
+    windows = Windows(folder, "train", 256)
+    assert windows.read(0, windows.tokens).tolist() == by_litdata(folder) == flat
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64, np.uint32])
+def test_every_type_of_token_that_litdata_writes(tmp_path, dtype):
+    largest = min(np.iinfo(dtype).max, 2**40)
+    tokens = np.random.default_rng(0).integers(0, largest, 8 * 256, endpoint=True).astype(dtype)
+    writer = BinaryWriter(str(tmp_path / "train"), chunk_size=1, item_loader=TokensLoader())
+    for i, part in enumerate((tokens[:768], tokens[768:1536], tokens[1536:])):
+        writer[i] = part
+    writer.done()
+    writer.merge()
+    splits = {"train": {"tokens": len(tokens)}}
+    hashes = manifest.hash_files(tmp_path)
+    manifest.seal(tmp_path, hashes, splits=splits, block=256, chunk_tokens=768)
+    windows = Windows(tmp_path, "train", 512)
+    assert windows.read(0, len(tokens)).tolist() == tokens.tolist() == by_litdata(tmp_path)
+    assert windows[1].tolist() == tokens[512:1025].tolist()
+
+
+def test_any_stretch_of_tokens(whole):
+    folder, flat = whole
+    windows = Windows(folder, "train", 512)
+    generator = random.Random(0)
+    edges = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, len(flat) - 1, len(flat)]
+    stretches = [(a, b) for a in edges for b in edges if a <= b]
+    stretches += [sorted(generator.choices(range(len(flat) + 1), k=2)) for _ in range(100)]
+    for start, stop in stretches:
+        found = windows.read(start, stop)
+        assert found.tolist() == flat[start:stop]
+        assert found.dtype == np.int64
+    for start, stop in ((-1, 5), (5, 4), (0, len(flat) + 1)):
+        with pytest.raises(IndexError, match=f"^tokens {start} to {stop} of {len(flat)}$"):
+            windows.read(start, stop)
+
+
+def test_what_is_read_may_be_changed(whole):
+    windows = Windows(whole[0], "train", 256)
+    windows.read(0, 256)[:] = 7
+    assert windows.read(0, 256).tolist() == whole[1][:256]
+
+
+def test_few_chunks_are_held_open(whole):
+    windows = Windows(whole[0], "train", 256)
+    windows.read(0, windows.tokens)
+    assert windows.tokens > 2 * OPEN_CHUNKS * CHUNK
+    assert windows._chunks
+    assert len(windows._chunks.maps.maps) == OPEN_CHUNKS
+
+
+def test_document_lengths_are_distances_between_first_tokens(whole, copy):
+    folder, flat = whole
+    windows = Windows(folder, "train", 256)
+    lengths = windows.document_lengths()
+    assert lengths.dtype == np.uint32
+    begins = [i for i, token in enumerate(flat) if token == BOS][: len(lengths)]
+    assert (lengths.cumsum() - lengths).tolist() == begins
+    assert [flat[end - 1] for end in lengths.cumsum()] == [EOS] * 60
+    change(copy / "train/lengths.npy", -1)
+    with pytest.raises(ValueError, match=r"lengths\.npy is altered"):
+        Windows(copy, "train", 256).document_lengths()
+
+
+def test_a_folder_without_lengths_is_of_an_older_version(copy):
+    content = manifest.read(copy)
+    (copy / "train/lengths.npy").unlink()
+    del content["files"]
+    manifest.seal(copy, manifest.hash_files(copy), **content)
+    windows = Windows(copy, "train", 256)
+    assert len(windows[0]) == 257
+    message = f"^{copy} was prepared by an older version; prepare it again$"
+    with pytest.raises(ValueError, match=message):
+        windows.document_lengths()
+
+
 def read_all(windows, queue):
     queue.put([windows[i].tolist() for i in range(len(windows))])
 
 
-@pytest.mark.parametrize("opened", [True, False])
-def test_copies_in_other_processes_read_the_same(whole, opened):
+@pytest.mark.parametrize(("method", "opened"), [("fork", True), ("fork", False), ("spawn", True)])
+def test_copies_in_other_processes_read_the_same(whole, method, opened):
     folder, flat = whole
     windows = Windows(folder, "train", 1536)
     if opened:
         windows[0]
     expected = [flat[k : k + 1537] for k in range(0, len(flat) - 1536, 1536)]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context(method)
     queue = context.Queue()
     worker = context.Process(target=read_all, args=(windows, queue))
     worker.start()

@@ -59,7 +59,8 @@ def part(batch: Batch, first: int, number: int) -> Batch:
 
 def step(batch: Batch, micro_batch_size: int) -> Step:
     parts = [part(batch, i, micro_batch_size) for i in range(0, ROWS, micro_batch_size)]
-    return Step(parts, int(batch.samples[-1]) + 1)
+    after = int(batch.samples[-1]) + 1
+    return Step(parts, after, after * batch.input_ids.shape[1])
 
 
 class Watcher(Callback):

@@ -223,7 +223,9 @@ def process_group() -> Iterator[None]:
 def train(folder: Path, steps: int, *callbacks: Callback) -> None:
     """Train on noise, a step of two rows at a time, in this process."""
     rows = [torch.randint(2, CONFIG.vocab_size, (ROWS, 17)) for _ in range(steps)]
-    data = [Step([pack(tokens, bos=1)], ROWS * i) for i, tokens in enumerate(rows, 1)]
+    data = [
+        Step([pack(tokens, bos=1)], ROWS * i, 16 * ROWS * i) for i, tokens in enumerate(rows, 1)
+    ]
     module = ContinualPretrain(config=CONFIG, compute_dtype="float32", learning_rate=1e-2)
     trainer = runs.quiet_trainer(folder, steps, list(callbacks))
     trainer.fit(module, DataLoader(data, batch_size=None))

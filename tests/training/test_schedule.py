@@ -4,7 +4,7 @@ from math import cos, pi, sqrt
 
 import pytest
 
-from lit_longctx.training.schedule import WarmupConstant, WarmupCosine
+from lit_longctx.training.schedule import WarmupConstant, WarmupCosine, WarmupLinear
 
 STEPS = 101
 
@@ -54,3 +54,26 @@ def test_warmup_constant(step: int, factor: float):
 
 def test_constant_without_warmup_is_the_peak_from_the_first_update():
     assert [WarmupConstant().factor(step, STEPS) for step in (0, 1, 100)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("final", [0.0, 0.2])
+def test_linear_decay_is_transformers_own(final: float):
+    import torch
+    from transformers import get_linear_schedule_with_warmup
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    theirs = get_linear_schedule_with_warmup(optimizer, 10, STEPS)
+    ours = WarmupLinear(warmup_steps=10, final=final)
+    for step in range(STEPS):
+        optimizer.step()
+        if step >= 10:  # theirs begins its warm-up at 0, with an update that does nothing
+            expected = final + (1 - final) * theirs.get_last_lr()[0]
+            assert ours.factor(step, STEPS) == pytest.approx(expected, rel=1e-9)
+        theirs.step()
+
+
+@pytest.mark.parametrize("kind", [WarmupConstant, WarmupCosine, WarmupLinear])
+def test_warmup_may_be_a_share_of_the_run(kind: type):
+    share, updates = kind(warmup_steps=0.1), kind(warmup_steps=20)
+    assert all(share.factor(step, 200) == updates.factor(step, 200) for step in range(200))

@@ -1,0 +1,123 @@
+"""Documents as token ids → litdata chunk files, the documents' lengths and a token ledger.
+
+Tokens stand flat, BOS before and EOS after every document, cut into chunks of whole blocks, so that
+any window length that is a multiple of the block can be served and no chunk loses its tail. The
+last block is filled up with BOS, which is never a target.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from litdata import TokensLoader
+from litdata.streaming.writer import BinaryWriter
+
+from lit_longctx.data.tokenizer import Ids
+from lit_longctx.data.windows import LENGTHS
+
+BLOCK = 256
+"""Tokens per block: windows are multiples of it."""
+SPLITS = ("train", "held_out")
+BUCKETS = [0, *(2**i for i in range(10, 21))]
+"""Lower edges of the length table, in tokens."""
+
+
+@dataclass
+class Ledger:
+    """Where the tokens of one split went."""
+
+    documents: int = 0
+    text_tokens: int = 0
+    """Tokens of the documents' text."""
+    boundary_tokens: int = 0
+    """One BOS and one EOS per document."""
+    padding: int = 0
+    """BOS that fill the last block."""
+    lengths: Counter[int] = field(default_factory=Counter)
+    """Documents per length bucket, by lower edge."""
+    length_tokens: Counter[int] = field(default_factory=Counter)
+    """Tokens per length bucket, by lower edge."""
+
+    @property
+    def tokens(self) -> int:
+        """All tokens stored."""
+        return self.text_tokens + self.boundary_tokens + self.padding
+
+    def count(self, length: int) -> None:
+        """Enter a document of `length` tokens, BOS and EOS included."""
+        self.documents += 1
+        self.text_tokens += length - 2
+        self.boundary_tokens += 2
+        bucket = max(edge for edge in BUCKETS if edge <= length)
+        self.lengths[bucket] += 1
+        self.length_tokens[bucket] += length
+
+
+class SplitWriter:
+    """Writes one split: a litdata folder whose chunks hold whole blocks."""
+
+    def __init__(self, folder: Path, tokenizer: Mapping[str, Any], chunk_tokens: int) -> None:
+        self.ledger = Ledger()
+        self.bos, self.eos = tokenizer["bos"], tokenizer["eos"]
+        self.dtype = np.uint16 if tokenizer["vocab_size"] <= 2**16 else np.int32
+        self.chunk_tokens = chunk_tokens
+        self.folder = folder
+        self.lengths = array("I")
+        self.pieces: list[Ids] = []
+        self.waiting = 0
+        self.chunks = 0
+        self.writer = BinaryWriter(str(folder), chunk_size=1, item_loader=TokensLoader())
+
+    def add(self, ids: Ids) -> None:
+        """Append a document."""
+        document = np.concatenate([[self.bos], ids, [self.eos]])
+        self.extend(document, [len(document)])
+
+    def extend(self, tokens: Ids, lengths: Sequence[int]) -> None:
+        """Append whole documents that stand one after the other, BOS and EOS included."""
+        for length in lengths:
+            self.ledger.count(length)
+        self.lengths.extend(lengths)
+        self._append(tokens.astype(self.dtype))
+
+    def _append(self, tokens: Ids) -> None:
+        self.pieces.append(tokens)
+        self.waiting += len(tokens)
+        if self.waiting >= self.chunk_tokens:
+            stream = np.concatenate(self.pieces)
+            while len(stream) >= self.chunk_tokens:
+                self._chunk(stream[: self.chunk_tokens])
+                stream = stream[self.chunk_tokens :]
+            self.pieces, self.waiting = [stream], len(stream)
+
+    def _chunk(self, tokens: Ids) -> None:
+        self.writer[self.chunks] = np.ascontiguousarray(tokens)
+        self.chunks += 1
+
+    def finish(self) -> None:
+        """Fill the last block with BOS, write the last chunk, litdata's index and all lengths."""
+        self.ledger.padding = -self.waiting % BLOCK
+        self._append(np.full(self.ledger.padding, self.bos, self.dtype))
+        if self.waiting:
+            self._chunk(np.concatenate(self.pieces))
+        self.writer.done()
+        self.writer.merge()
+        np.save(self.folder / LENGTHS, np.frombuffer(self.lengths, dtype=np.uint32))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the manifest's entry of this split."""
+        ledger = self.ledger
+        edges = sorted(ledger.lengths)
+        return {
+            "documents": ledger.documents,
+            "tokens": ledger.tokens,
+            "text_tokens": ledger.text_tokens,
+            "boundary_tokens": ledger.boundary_tokens,
+            "padding": ledger.padding,
+            "chunks": self.chunks,
+            "lengths": [[e, ledger.lengths[e], ledger.length_tokens[e]] for e in edges],
+        }

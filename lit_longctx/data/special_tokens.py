@@ -1,0 +1,53 @@
+"""tokenizer_config.json: which tokens begin and end a document."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+"""Config for transformers of a tokenizer.json that came without one."""
+LLAMA = {
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "clean_up_tokenization_spaces": False,
+}
+"""Config for transformers of a tokenizer.model that came without one."""
+
+
+def named(folder: Path, role: str) -> str | None:
+    """Return the token that the folder's config names as `bos` or `eos`, if it does."""
+    return _content(read_config(folder).get(f"{role}_token"))
+
+
+def unnamed(folder: Path, role: str) -> ValueError:
+    """Error of a folder that does not say its BOS or EOS."""
+    return ValueError(f"{folder} names no {role.upper()} token; pass --{role} TOKEN")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a folder's tokenizer_config.json, {} if there is none; ValueError if it is broken."""
+    file = folder / "tokenizer_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return config
+
+
+def save_config(folder: Path, config: dict[str, Any], bos: str, eos: str) -> None:
+    """Write the tokenizer_config.json that transformers needs, naming BOS and EOS."""
+    config = dict(config)
+    for role, token in (("bos_token", bos), ("eos_token", eos)):
+        if _content(config.get(role)) != token:
+            config[role] = token
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _content(token: str | dict[str, Any] | None) -> str | None:
+    """Text of a special token, which a config may hold with its settings."""
+    return token.get("content") if isinstance(token, dict) else token
