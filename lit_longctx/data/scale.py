@@ -28,22 +28,22 @@ Prepare = Callable[..., Any]
 class Executor:
     """One of datatrove's executors (Local-, Slurm- or RayPipelineExecutor); extra `scale`."""
 
-    class_path: str = "datatrove.executor.LocalPipelineExecutor"
-    """Which one."""
-    init_args: dict[str, Any] = field(default_factory=lambda: {"tasks": 1})
+    name: str = "datatrove.executor.LocalPipelineExecutor"
+    """Which one, by its import path."""
+    options: dict[str, Any] = field(default_factory=lambda: {"tasks": 1})
     """Its arguments but the pipeline; `tasks` is the number of parts."""
 
     def run(self, step: Callable[[Any, int, int], None], logs: Path) -> None:
         """Run every part whose folder is not there yet; Slurm's returns once they are queued."""
-        module, _, name = self.class_path.rpartition(".")
+        module, _, kind = self.name.rpartition(".")
         try:
-            executor = getattr(importlib.import_module(module), name)
+            executor = getattr(importlib.import_module(module), kind)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"executor {self.class_path} not found ({error}); "
+                f"executor {self.name} not found ({error}); "
                 "install it with pip install 'lit_longctx[scale]'"
             ) from None
-        executor(**{"pipeline": [step], "logging_dir": str(logs), **self.init_args}).run()
+        executor(**{"pipeline": [step], "logging_dir": str(logs), **self.options}).run()
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def in_parts(
     """Run the parts that are missing into OUTPUT.parts; once all are there, join them to OUTPUT."""
     if output.exists():
         raise ValueError(f"{output} exists already; choose another folder or remove it")
-    number = int(executor.init_args.get("tasks", 1))
+    number = int(executor.options.get("tasks", 1))
     folder = output.with_name(f"{output.name}.parts")
     logs = folder / "logs"
     folders = [part_folder(folder, part) for part in range(number)]
