@@ -7,15 +7,20 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from litdata import StreamingDataset, TokensLoader
 from tokenizers import models, pre_tokenizers
 
-from lit_longctx import manifest
+from lit_longctx import cli, manifest
+from lit_longctx.checkpoint import export_pretrained
 from lit_longctx.data import prepare as module
 from lit_longctx.data.chunks import SplitWriter
+from lit_longctx.data.dependency import DependencyFilter
 from lit_longctx.data.prepare import prepare
 from lit_longctx.data.tokenizer import ByteTokenizer, Tokenizer
 from lit_longctx.data.windows import Windows
+from lit_longctx.model import Llama, LlamaConfig
+from lit_longctx.position import RoPE
 
 BOS, EOS, BLOCK = 256, 257, 256
 
@@ -374,3 +379,69 @@ def test_an_existing_output_is_refused_and_kept(tmp_path):
         prepare([str(tmp_path / "a.jsonl")], str(tmp_path / "out"), held_out=0)
     assert (tmp_path / "out/mine").read_text() == "kept"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "out"]
+
+
+def documents(folder, split):
+    """Token ids of each document of a split, without BOS and EOS; padding is none."""
+    tokens = [token for part in chunks(folder, split) for token in part]
+    begins = [i for i, token in enumerate(tokens) if token == BOS] + [len(tokens)]
+    found = [tokens[a + 1 : b - 1] for a, b in pairwise(begins) if b > a + 1]
+    return found
+
+
+def test_interleaving_joins_training_documents_and_leaves_held_out_ones_alone(tmp_path, capsys):
+    texts = {f"{i}": chr(97 + i % 26) * 300 for i in range(60)}
+    write_rows(tmp_path / "a.jsonl", texts)
+    plain, joined = tmp_path / "plain", tmp_path / "joined"
+    prepare(str(tmp_path / "a.jsonl"), str(plain), held_out=0.2)
+    config = {"input": str(tmp_path / "a.jsonl"), "output": str(joined), "held_out": 0.2}
+    config["interleave"] = {"chunk_tokens": 100, "together": 3}
+    (tmp_path / "prepare.yaml").write_text(json.dumps(config))
+    assert cli.main(["prepare", "--config", str(tmp_path / "prepare.yaml")]) == 0
+    assert documents(joined, "held_out") == documents(plain, "held_out")
+    before = documents(plain, "train")
+    expected = []
+    for i in range(0, len(before), 3):
+        group = before[i : i + 3]
+        turns = [part[at : at + 100] for at in (0, 100, 200) for part in group]
+        expected.append([token for turn in turns for token in turn])
+    assert documents(joined, "train") == expected
+    assert manifest.read(joined)["interleave"] == config["interleave"]
+
+
+def test_the_filter_keeps_what_scores_and_reports(tmp_path, capsys):
+    checkpoint = tmp_path / "scorer"
+    torch.manual_seed(0)
+    llama = Llama(LlamaConfig(258, 32, 64, 1, 2, bos_token_id=BOS, eos_token_id=EOS), RoPE())
+    for weight in llama.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    export_pretrained(llama, checkpoint)
+    texts = {f"{i}": "".join(random.Random(i).choices("abcdef", k=256)) for i in range(30)}
+    write_rows(tmp_path / "a.jsonl", texts)
+    settings = {"segment": 32, "window": 256, "pairs": 28, "least_strength": 0.0}
+    coder = ByteTokenizer()
+    scorer = DependencyFilter(str(checkpoint), 0.0, **settings)
+    scores = {
+        name: scorer.score(ids)
+        for name, ids in zip(texts, coder.encode(list(texts.values())), strict=True)
+    }
+    least = sorted(scores.values())[15]
+    out = tmp_path / "out"
+    step = DependencyFilter(str(checkpoint), least, **settings)
+    prepare(str(tmp_path / "a.jsonl"), str(out), held_out=0, filter=step)
+    kept = [list(texts[name].encode()) for name in texts if scores[name] >= least]
+    assert documents(out, "train") == kept
+    assert len(kept) == 15
+    report = manifest.read(out)["filter"]
+    assert (report["kept"], report["dropped"]) == (15, 15)
+    assert (report["kept_tokens"], report["dropped_tokens"]) == (15 * 256, 15 * 256)
+    assert "filter kept 15 documents (3,840 tokens), dropped 15" in capsys.readouterr().out
+
+
+def test_texts_that_do_not_come_back_are_counted(tmp_path, capsys):
+    coder = words(tmp_path, 100)
+    write_rows(tmp_path / "a.jsonl", {"a": "w5 w6", "b": "w5  w6", "c": "w7", "d": "w8 unknown"})
+    settings = {"bos": "<s>", "eos": "</s>", "held_out": 0}
+    found = prepare(str(tmp_path / "a.jsonl"), str(tmp_path / "out"), coder, **settings)
+    assert found["round_trip"] == 0.5
+    assert "50% of the first texts do not come back exactly" in capsys.readouterr().out

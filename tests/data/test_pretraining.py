@@ -125,6 +125,37 @@ def test_every_prefix_holds_each_source_s_share(reference):
         assert all(abs(taken[i] - n * WEIGHTS[i] / 4) < 1 for i in range(2))
 
 
+def long_run(folder, ranks, num_workers, packing):
+    """Sample, source and tokens of every row of 500 steps of 4 windows, over all ranks."""
+    steps = {}
+    for rank in range(ranks):
+        settings = {"num_workers": num_workers, "packing": packing}
+        module = attach(data(folder, 4, **settings), rank, ranks, max_steps=500)
+        for number, found in enumerate(module.train_dataloader()):
+            rows = [row for batch in found.micro_batches for row in rows_of(batch)]
+            steps.setdefault(number, []).extend(rows)
+    return [row for number in steps for row in steps[number]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_500_steps_are_one_sequence_on_1_2_4_processes_with_0_1_2_workers(folder, packing):
+    expected = long_run(folder, 1, 0, packing)
+    assert [sample for sample, *_ in expected] == list(range(2000))
+    taken = [0, 0]
+    for n, (_, source, _) in enumerate(expected, 1):
+        taken[source] += 1
+        assert all(abs(taken[i] - n * WEIGHTS[i] / 4) < 1 for i in range(2))
+    books = [tokens for _, source, tokens in expected if source == 0]
+    epoch = len(set(books))
+    assert len(books) > 3 * epoch
+    assert set(books[:epoch]) == set(books[epoch : 2 * epoch])
+    assert books[:epoch] != books[epoch : 2 * epoch]
+    for ranks in (1, 2, 4):
+        for num_workers in (0, 1, 2):
+            assert long_run(folder, ranks, num_workers, packing) == expected, (ranks, num_workers)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,9 +53,9 @@ def local(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def server():
-    """Address of a fresh S3 server, and a client for it; fake credentials in the environment."""
+@contextmanager
+def server_process():
+    """Port of a fresh S3 server, and a client for it; fake credentials in the environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -73,6 +74,12 @@ def server():
         finally:
             process.terminate()
             process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with server_process() as found:
+        yield found
 
 
 def answering(process):

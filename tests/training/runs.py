@@ -139,7 +139,10 @@ class Running:
         for rank in range(ranks):
             launcher = launched_as(rank, ranks, port) if ranks > 1 else {}
             given = [str(argument) for argument in arguments]
-            process = forks.Process(target=command, args=(given, self.logs / str(rank), launcher))
+            environment = {**os.environ, **launcher}
+            process = forks.Process(
+                target=command, args=(given, self.logs / str(rank), environment)
+            )
             process.start()
             self.processes.append(process)
 
