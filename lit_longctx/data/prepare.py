@@ -6,9 +6,10 @@ joined.
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from lit_longctx.data.tokenizer import Ids, Tokenizer, described, open_tokenizer
 
 OWN = ("output", "source", "part", "parts", "executor")
 """Arguments that are not the same for every part."""
-SAMPLE = 100
-"""Documents on which is tried whether ids decode to their text."""
+SAMPLE, EXCERPT = 100, 4096
+"""Documents, and characters of each, on which is tried whether ids decode to their text."""
+AHEAD = 2**22
+"""Characters that are encoded at a time, but for a document that is larger."""
 
 
 def prepare(
@@ -82,10 +85,9 @@ def prepare(
     with manifest.whole_folder(Path(output)) as folder:
         about = described(coder)
         writers = {split: SplitWriter(folder / split, about, chunk_tokens) for split in SPLITS}
-        documents = progress(reader.documents(inputs, faults, part, parts))
-        sample = list(islice(documents, SAMPLE))
-        exact = round_trip(coder, [document.text for document in sample])
-        pairs = encoded(chain(sample, documents), coder, faults)
+        excerpts: list[str] = []
+        documents = sampled(reader.documents(inputs, faults, part, parts), excerpts)
+        pairs = encoded(progress(documents), coder, faults)
         pairs = set_aside(pairs, held_out, writers["held_out"])
         for step in (filter, interleave):
             pairs = step(pairs) if step else pairs
@@ -105,7 +107,7 @@ def prepare(
             "block": BLOCK,
             "chunk_tokens": chunk_tokens,
             "tokenizer": about,
-            "round_trip": exact,
+            "round_trip": round_trip(coder, excerpts),
             "input": inputs,
             "part": [part, parts],
             "splits": {split: writer.describe() for split, writer in writers.items()},
@@ -136,28 +138,59 @@ def set_aside(
 def encoded(
     documents: Iterable[Document], tokenizer: Tokenizer, faults: Faults
 ) -> Iterator[tuple[Document, Ids]]:
-    """Pair documents with their ids, a batch of texts at a time; drops what forges BOS."""
-    for batch in batched(documents):
-        for document, ids in zip(batch, tokenizer.encode([d.text for d in batch]), strict=True):
-            if (ids == tokenizer.bos).any():
-                faults.read -= 1
-                faults.add("BOS in text", document.id)
-            else:
-                yield document, ids
+    """Pair documents with their ids, in order; drops what forges BOS.
+
+    A few batches are encoded at a time while others are read and written, since a large document
+    keeps one core busy alone.
+    """
+    waiting: deque[tuple[list[Document], Future[list[Ids]]]] = deque()
+    with ThreadPoolExecutor(3) as pool:
+        for batch in batched(documents):
+            while waiting and sum(map(characters, [batch, *(b for b, _ in waiting)])) > AHEAD:
+                yield from unforged(*waiting.popleft(), tokenizer.bos, faults)
+            texts = [document.text for document in batch]
+            waiting.append((batch, pool.submit(tokenizer.encode, texts)))
+        while waiting:
+            yield from unforged(*waiting.popleft(), tokenizer.bos, faults)
 
 
-def batched(documents: Iterable[Document], characters: int = 2**22) -> Iterator[list[Document]]:
+def unforged(
+    batch: list[Document], found: Future[list[Ids]], bos: int, faults: Faults
+) -> Iterator[tuple[Document, Ids]]:
+    """Pair a batch with its ids; a document with BOS in its text is counted as broken."""
+    for document, ids in zip(batch, found.result(), strict=True):
+        if (ids == bos).any():
+            faults.read -= 1
+            faults.add("BOS in text", document.id)
+        else:
+            yield document, ids
+
+
+def batched(documents: Iterable[Document], size: int = 2**20) -> Iterator[list[Document]]:
     """Group documents into batches of about so many characters."""
     batch: list[Document] = []
     held = 0
     for document in documents:
         batch.append(document)
         held += len(document.text)
-        if held >= characters:
+        if held >= size:
             yield batch
             batch, held = [], 0
     if batch:
         yield batch
+
+
+def characters(batch: list[Document]) -> int:
+    """Characters of all texts."""
+    return sum(len(document.text) for document in batch)
+
+
+def sampled(documents: Iterable[Document], excerpts: list[str]) -> Iterator[Document]:
+    """Keep how the first documents begin, to try whether ids decode to their text."""
+    for document in documents:
+        if len(excerpts) < SAMPLE:
+            excerpts.append(document.text[:EXCERPT])
+        yield document
 
 
 def share_of(name: str) -> float:

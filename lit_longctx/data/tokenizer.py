@@ -59,7 +59,8 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the bytes; invalid sequences become U+FFFD."""
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
+        found = np.asarray(ids, dtype=np.int64)
+        return found[found < 256].astype(np.uint8).tobytes().decode(errors="replace")
 
     def save(self, folder: str | Path) -> None:
         """Write the same mapping as a byte-level BPE without merges, with ids equal to bytes."""
@@ -104,6 +105,10 @@ class JsonTokenizer(Tokenizer):
         self.vocab_size = max(self.model.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_token, self.bos = self._special("bos", bos)
         self.eos_token, self.eos = self._special("eos", eos)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Open the file anew elsewhere: copies would forget how special tokens are read."""
+        return JsonTokenizer, (self.file, self.bos_token, self.eos_token)
 
     def _special(self, role: str, token: str | None) -> tuple[str, int]:
         token = named(self.file.parent, role) if token is None else token

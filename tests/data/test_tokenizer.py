@@ -1,5 +1,6 @@
 import io
 import json
+import pickle
 import random
 import shutil
 import sys
@@ -475,3 +476,13 @@ def test_a_broken_or_unsupported_sentencepiece_model_is_one_line(tmp_path, monke
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ValueError, match=r"needs the package sentencepiece; pip install"):
         open_tokenizer(str(path))
+
+
+def test_a_copy_for_another_process_still_reads_special_tokens_as_text(folder):
+    coder = open_tokenizer(str(folder))
+    copied = pickle.loads(pickle.dumps(coder))
+    texts = ["<s> and </s>", "plain"]
+    for ours, theirs in zip(copied.encode(texts), coder.encode(texts), strict=True):
+        assert ours.tolist() == theirs.tolist()
+        assert copied.bos not in ours.tolist()
+    assert (copied.bos, copied.eos) == (coder.bos, coder.eos)
