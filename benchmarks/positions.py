@@ -82,7 +82,8 @@ def step(llama: Llama, optimizer: torch.optim.Optimizer, name: str, batch: Batch
     if llama.position != SCHEMES[name]:
         llama.position = SCHEMES[name]
         for block in llama.model.layers:
-            block.self_attn.position = SCHEMES[name].layer(HEADS, DIM)
+            attention: Any = block.self_attn
+            attention.position = SCHEMES[name].layer(HEADS, DIM)
     llama.loss(batch)[0].backward()
     optimizer.step()
     optimizer.zero_grad()

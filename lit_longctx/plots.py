@@ -128,7 +128,7 @@ def document_lengths(report: dict[str, Any]) -> Figure:
         axes.set_title(f"{name}: {share}", loc="left", fontsize="medium")
         axes.yaxis.set_major_formatter("{x:.0%}")
     panels[0].legend(frameon=False)
-    panels[-1].set_xticks(range(len(edges)), [f"≥ {edge:,}" for edge in edges], fontsize="small")
-    panels[-1].set_xlabel("tokens of the document")
+    panels[-1].set_xticks(range(len(edges)), [f"≥ {edge // 1024}" for edge in edges])
+    panels[-1].set_xlabel("thousands of tokens (1,024) of the document")
     figure.supylabel("share of the source's tokens")
     return figure

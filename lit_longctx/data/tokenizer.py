@@ -3,7 +3,7 @@
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +260,30 @@ def fingerprint_of(
     if bos is None or eos is None or (file.suffix == ".json" and _is_bytes(file)):
         return open_tokenizer(str(file)).fingerprint
     return fingerprint(file, bos, eos)
+
+
+def check_tokenizer(data: Mapping[str, Any], vocab_size: int, folder: Path | None) -> None:
+    """Refuse data whose ids are not the model's.
+
+    Args:
+        data: What the data's manifest says of its tokenizer.
+        vocab_size: The model's.
+        folder: The checkpoint's tokenizer, if it has one.
+
+    Raises:
+        ValueError: An id is beyond the vocabulary, or the checkpoint has another tokenizer.
+    """
+    if data["vocab_size"] > vocab_size:
+        raise ValueError(
+            f"data has a vocabulary of {data['vocab_size']}, larger than the model's "
+            f"{vocab_size}; prepare the data with the model's tokenizer"
+        )
+    own = fingerprint_of(folder, data["bos"], data["eos"]) if folder else None
+    if own is not None and own != data["fingerprint"]:
+        raise ValueError(
+            f"data has a tokenizer of fingerprint {data['fingerprint'][:12]}, the checkpoint one "
+            f"of {own[:12]}; prepare the data with --tokenizer {folder}"
+        )
 
 
 def _file_of(path: Path) -> Path | None:

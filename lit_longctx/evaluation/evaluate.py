@@ -13,7 +13,8 @@ import torch
 from lit_longctx import plots
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import pack
-from lit_longctx.checkpoint import load_pretrained, trained_context
+from lit_longctx.checkpoint import load_pretrained, tokenizer_folder, trained_context
+from lit_longctx.data.tokenizer import check_tokenizer
 from lit_longctx.data.windows import Windows
 from lit_longctx.evaluation.metrics import LossByPosition
 from lit_longctx.model import Llama
@@ -53,7 +54,9 @@ def evaluate(
     losses: dict[str, LossByPosition] = {}
     for folder in checkpoint:
         llama = load_pretrained(folder, attn_implementation=attn_implementation).to(device).eval()
-        check_vocabulary(llama, opened, folder)
+        for source in opened.values():
+            about = source.manifest["tokenizer"]
+            check_tokenizer(about, llama.config.vocab_size, tokenizer_folder(folder))
         losses[folder] = held_out_loss(llama, opened, window, windows, progress=counter(folder))
     result = {
         "window": window,
@@ -86,17 +89,6 @@ def held_out_windows(folders: list[str], window: int) -> dict[str, Windows]:
                 f"held-out split of {name} is shorter than a window of {window} tokens"
             )
     return opened
-
-
-def check_vocabulary(llama: Llama, sources: dict[str, Windows], folder: str) -> None:
-    """Refuse data whose ids the model does not have."""
-    for name, source in sources.items():
-        size = source.manifest["tokenizer"]["vocab_size"]
-        if size > llama.config.vocab_size:
-            raise ValueError(
-                f"{name} has a vocabulary of {size}, larger than {folder}'s "
-                f"{llama.config.vocab_size}; prepare the data with the model's tokenizer"
-            )
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ from lit_longctx.checkpoint import (
     tokenizer_folder,
 )
 from lit_longctx.data.stages import ENDLESS, Course, Stage
-from lit_longctx.data.tokenizer import fingerprint_of
+from lit_longctx.data.tokenizer import check_tokenizer
 from lit_longctx.evaluation.metrics import LossByPosition
 from lit_longctx.memory import Memory
 from lit_longctx.model import Llama, LlamaConfig
@@ -129,20 +129,9 @@ class LanguageModule(LightningModule, ABC):
             raise ValueError("memory needs rows that walk through documents; set data's lanes true")
         if self.memory and self.position.depends_on_length:
             raise ValueError(f"{type(self.position).__name__} cannot have a memory; set memory 0")
-        if tokenizer and tokenizer["vocab_size"] > self.config.vocab_size:
-            raise ValueError(
-                f"data has a vocabulary of {tokenizer['vocab_size']}, larger than the model's "
-                f"{self.config.vocab_size}; prepare the data with the model's tokenizer"
-            )
-        folder = tokenizer_folder(self.start) if self.start and tokenizer else None
-        if folder and tokenizer:
-            own = fingerprint_of(folder, tokenizer["bos"], tokenizer["eos"])
-            if own != tokenizer["fingerprint"]:
-                raise ValueError(
-                    f"data has a tokenizer of fingerprint {tokenizer['fingerprint'][:12]}, "
-                    f"{self.start} one of {str(own)[:12]}; prepare the data with "
-                    f"--tokenizer {folder}"
-                )
+        if tokenizer:
+            folder = tokenizer_folder(self.start) if self.start else None
+            check_tokenizer(tokenizer, self.config.vocab_size, folder)
 
     @rank_zero_only
     def _announce(self, fresh: list[str]) -> None:
