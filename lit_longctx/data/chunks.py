@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from litdata import TokensLoader
 from litdata.streaming.writer import BinaryWriter
+from litdata.utilities.env import _DistributedEnv
 
 from lit_longctx.data.tokenizer import Ids
 from lit_longctx.data.windows import LENGTHS
@@ -71,6 +72,9 @@ class SplitWriter:
         self.waiting = 0
         self.chunks = 0
         self.writer = BinaryWriter(str(folder), chunk_size=1, item_loader=TokensLoader())
+        # else litdata waits for the other processes of a job whose WORLD_SIZE is in the environment
+        self.writer._distributed_env = _DistributedEnv(1, 0, 1)
+        self.writer._rank = 0
 
     def add(self, ids: Ids) -> None:
         """Append a document."""
@@ -104,6 +108,7 @@ class SplitWriter:
         self._append(np.full(self.ledger.padding, self.bos, self.dtype))
         if self.waiting:
             self._chunk(np.concatenate(self.pieces))
+        assert self.chunks, "litdata would wait for ever for the index of no chunk"
         self.writer.done()
         self.writer.merge()
         np.save(self.folder / LENGTHS, np.frombuffer(self.lengths, dtype=np.uint32))

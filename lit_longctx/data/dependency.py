@@ -6,7 +6,7 @@ called ProLong. Documents that score low are long, but give nothing to learn of 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -224,6 +224,11 @@ class DependencyFilter:
         device = "cuda" if cuda else "cpu" if self.device == "auto" else self.device
         llama = load_pretrained(self.checkpoint).requires_grad_(False).eval()
         return llama.to(device, getattr(torch, self.compute_dtype))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the scores."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     @property
     def report(self) -> dict[str, Any]:

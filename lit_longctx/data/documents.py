@@ -28,6 +28,13 @@ class Document(NamedTuple):
     id: str
 
 
+class Unit(NamedTuple):
+    """What is read as a whole: the parts of a large input are shares of its units."""
+
+    name: str
+    read: Callable[[Faults], Iterator[Document]]
+
+
 @dataclass(frozen=True)
 class Reader:
     """How to read the input of `prepare`."""
@@ -46,23 +53,29 @@ class Reader:
         """Yield the documents of all inputs, in a fixed order.
 
         Of `parts` shares of the files it reads number `part`; all shares, one after the other, are
-        the whole, with the same names. A `code:` input counts as one file.
+        the whole, with the same names.
         """
-        names = Names()
-        units: list[Callable[[], Iterator[Document]]] = []
-        for name in inputs:
-            if name == "stdlib" or name.startswith("code:"):
-                units.append(partial(self._code, name, names, faults))
-                continue
-            for file in shards(files(name), name):
-                own = names.of(file.name, file.path)
-                units.append(partial(self._file, file, own, faults))
+        units = self.units(inputs)
         if parts > len(units):
             raise ValueError(f"{parts} parts are too many for {len(units)} files; use as many")
         for unit in units[len(units) * part // parts : len(units) * (part + 1) // parts]:
-            yield from unit()
+            yield from unit.read(faults)
 
-    def _code(self, name: str, names: Names, faults: Faults) -> Iterator[Document]:
+    def units(self, inputs: list[str]) -> list[Unit]:
+        """Return what is read one after the other: a file, or all repositories of a `code:`."""
+        names, units, roots = Names(), [], 0
+        for name in inputs:
+            if name == "stdlib" or name.startswith("code:"):
+                roots += 1
+                mark = f"#{roots}" if roots > 1 else ""
+                units.append(Unit(name, partial(self._code, name, mark)))
+                continue
+            for file in shards(files(name), name):
+                own = names.of(file.name, file.path)
+                units.append(Unit(own, partial(self._file, file, own)))
+        return units
+
+    def _code(self, name: str, mark: str, faults: Faults) -> Iterator[Document]:
         if name == "stdlib":
             root = Path(sysconfig.get_path("stdlib"))
             found = repositories(root, faults, STDLIB_LEAVES_OUT, {".py"}, self.largest)
@@ -70,7 +83,7 @@ class Reader:
             root = existing_folder(name.removeprefix("code:"))
             found = repositories(root, faults, largest=self.largest)
         for path, text in found:
-            yield from self._checked(text, names.of(path.name, str(path)), str(path), faults)
+            yield from self._checked(text, path.name + mark, str(path), faults)
 
     def _file(self, file: File, name: str, faults: Faults) -> Iterator[Document]:
         if file.kind not in READERS:

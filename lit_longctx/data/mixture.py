@@ -62,7 +62,10 @@ class Upsampling:
         if unknown := set(self.shares or {}) - set(lengths):
             raise ValueError(f"shares name {', '.join(unknown)}; sources are {', '.join(lengths)}")
         if self.mode == "global" or (self.mode == "none" and self.tokens is None):
-            return self._by_length_alone(lengths)
+            chosen = self._by_length_alone(lengths)
+            if empty := [name for name, passes in chosen.items() if not sum(map(len, passes))]:
+                raise ValueError(f"source {empty[0]} has no document left; raise keep")
+            return chosen
         kept = {name: self._pass(i, 0, each) for i, (name, each) in enumerate(lengths.items())}
         given = {name: int(lengths[name][documents].sum()) for name, documents in kept.items()}
         if empty := [name for name, tokens in given.items() if not tokens]:
@@ -175,9 +178,11 @@ def copy(
         begin = int(begins[document])
         writer.add(windows.read(begin + 1, begin + int(lengths[document]) - 1))
     writer.finish()
-    for kept in ("held_out", "tokenizer"):
-        if (Path(windows.folder) / kept).is_dir():
-            shutil.copytree(Path(windows.folder) / kept, folder / kept)
+    for file in before["files"]:
+        if file.startswith(("held_out/", "tokenizer/")):
+            (folder / file).parent.mkdir(exist_ok=True)
+            with windows.files.open(file) as stored, open(folder / file, "wb") as copied:
+                shutil.copyfileobj(stored, copied)
     splits = {**before["splits"], "train": writer.describe()}
     content = {k: v for k, v in before.items() if k not in ("files", "splits")}
     mixed = {"settings": report["settings"], **report["sources"][folder.name]}
@@ -193,13 +198,16 @@ def describe(
     after = {name: int(lengths[name][taken[name]].sum(dtype=np.int64)) for name in lengths}
     found = {}
     for name, each in lengths.items():
+        each = each.astype(np.int64)
         copies = np.bincount(taken[name], minlength=len(each))
         found[name] = {
             "share_before": before[name] / sum(before.values()),
             "share_after": after[name] / sum(after.values()),
+            "long_before": int(each[each >= upsampling.threshold].sum()) / before[name],
+            "long_after": int((each * copies)[each >= upsampling.threshold].sum()) / after[name],
             "passes": len(chosen[name]),
             "buckets": [
-                _bucket(edge, end, each.astype(np.int64), copies)
+                _bucket(edge, end, each, copies)
                 for edge, end in zip(BUCKETS, [*BUCKETS[1:], 2**62], strict=True)
                 if ((each >= edge) & (each < end)).any()
             ],
@@ -222,23 +230,15 @@ def _bucket(edge: int, end: int, lengths: np.ndarray, copies: np.ndarray) -> dic
     }
 
 
-def long_share(source: dict[str, Any], when: str, threshold: int) -> float:
-    """Share of a source's tokens, `before` or `after`, in documents of `threshold` or more."""
-    total = sum(bucket[f"tokens_{when}"] for bucket in source["buckets"])
-    long = [b[f"tokens_{when}"] for b in source["buckets"] if b["from_tokens"] >= threshold]
-    return sum(long) / max(1, total)
-
-
 def table(report: dict[str, Any]) -> str:
     """Source × length as text; shares are of a source's own tokens."""
     settings = report["settings"]
     edge = settings["threshold"]
     lines = [f"mix: mode {settings['mode']}, threshold {edge:,} tokens, keep {settings['keep']}"]
     for name, source in report["sources"].items():
-        long = [long_share(source, when, edge) for when in ("before", "after")]
         lines += [
             f"{name}: {source['share_before']:.2%} → {source['share_after']:.2%} of all tokens, "
-            f"{long[0]:.1%} → {long[1]:.1%} of its own in long documents, "
+            f"{source['long_before']:.1%} → {source['long_after']:.1%} of its own in long ones, "
             f"{source['passes']} pass{'es' * (source['passes'] > 1)}",
             f"  {'length':>11} {'documents':>19} {'tokens':>29} {'share':>15} kept / dropped",
         ]

@@ -64,6 +64,7 @@ class Order:
             groups; a group is read through before the next begins, so that streaming stays
             sequential. Default: all of them.
         begun: Windows of each source that count as drawn before the first sample.
+        keys: A number for each source that decides its shuffles; default: its place.
 
     A source that ends begins its next epoch in another order.
     """
@@ -75,6 +76,7 @@ class Order:
         seed: int = 0,
         group: Sequence[int | Sequence[int]] | None = None,
         begun: Sequence[int] | None = None,
+        keys: Sequence[int] | None = None,
     ) -> None:
         if min(windows) < 1:
             raise ValueError(f"every source needs a window at least; got {list(windows)}")
@@ -82,6 +84,7 @@ class Order:
         self.seed = seed
         self.groups = [_sizes(w, g) for w, g in zip(windows, group or windows, strict=True)]
         self.begun = list(begun or [0] * len(windows))
+        self.keys = list(keys or range(len(windows)))
         self.shares = whole_shares(weights or windows)
         self.schedule = np.array(quota_schedule(self.shares))
         self.rank = np.zeros(len(self.schedule), dtype=np.int64)
@@ -105,12 +108,12 @@ class Order:
 
     def _shuffled(self, source: int, epoch: int, place: int) -> int:
         """Window at a place of an epoch: groups in random order, windows random within theirs."""
-        sizes = self.groups[source]
-        order = _permutation(self.seed, source, epoch, -1, len(sizes))
+        sizes, key = self.groups[source], self.keys[source]
+        order = _permutation(self.seed, key, epoch, -1, len(sizes))
         ends = sizes[order].cumsum()
         turn = int(np.searchsorted(ends, place, side="right"))
         group, size = int(order[turn]), int(sizes[order[turn]])
-        inside = _permutation(self.seed, source, epoch, group, size)
+        inside = _permutation(self.seed, key, epoch, group, size)
         return int(sizes[:group].sum() + inside[place - ends[turn] + size])
 
 

@@ -25,7 +25,7 @@ class Plan:
     offsets: np.ndarray
     """First piece of each window, then the number of pieces."""
     groups: list[int]
-    """Windows of each group of documents that is packed together."""
+    """Windows of each group of documents that is packed together, as many for any window."""
 
 
 def best_fit(lengths: np.ndarray, window: int) -> Iterator[list[int]]:
@@ -85,8 +85,7 @@ def plan(documents: np.ndarray, window: int, group_tokens: int) -> Plan:
         for chosen in best_fit(rests, window):
             pieces += [(int(rest_begins[i]), int(rests[i])) for i in chosen]
             offsets.append(len(pieces))
-        if len(offsets) > before:
-            groups.append(len(offsets) - before)
+        groups.append(len(offsets) - before)
     starts, sizes = np.array(pieces, dtype=np.int64).reshape(-1, 2).T
     return Plan(starts, sizes, np.array(offsets), groups)
 

@@ -5,6 +5,7 @@ joined.
 """
 
 import hashlib
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,12 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from lit_longctx import manifest
+from lit_longctx.checkpoint import read_model, tokenizer_folder
 from lit_longctx.data.chunks import BLOCK, SPLITS, SplitWriter
 from lit_longctx.data.dependency import DependencyFilter
 from lit_longctx.data.documents import Document, Faults, Reader
 from lit_longctx.data.interleave import Interleave
 from lit_longctx.data.scale import Executor, in_parts
-from lit_longctx.data.tokenizer import Ids, Tokenizer, described, open_tokenizer, round_trip
+from lit_longctx.data.tokenizer import (
+    Ids,
+    Tokenizer,
+    check_tokenizer,
+    described,
+    open_tokenizer,
+    round_trip,
+)
 
 OWN = ("output", "source", "part", "parts", "executor")
 """Arguments that are not the same for every part."""
@@ -74,6 +83,7 @@ def prepare(
     """
     if executor:
         settings = {name: value for name, value in locals().items() if name not in OWN}
+        settings |= {"input": anywhere(input), "tokenizer": anywhere(tokenizer)}
         return in_parts(partial(prepare, **settings), executor, Path(output), source)
     if chunk_tokens % BLOCK or chunk_tokens <= 0:
         raise ValueError(f"chunk_tokens {chunk_tokens} is no multiple of {BLOCK}")
@@ -84,6 +94,9 @@ def prepare(
     faults = Faults(tolerated)
     with manifest.whole_folder(Path(output)) as folder:
         about = described(coder)
+        if filter:
+            scorer = read_model(filter.checkpoint)[0]
+            check_tokenizer(about, scorer.vocab_size, tokenizer_folder(filter.checkpoint))
         writers = {split: SplitWriter(folder / split, about, chunk_tokens) for split in SPLITS}
         excerpts: list[str] = []
         documents = sampled(reader.documents(inputs, faults, part, parts), excerpts)
@@ -108,20 +121,39 @@ def prepare(
             "chunk_tokens": chunk_tokens,
             "tokenizer": about,
             "round_trip": round_trip(coder, excerpts),
-            "input": inputs,
             "part": [part, parts],
+            "settings": {
+                "units": hashed(unit.name for unit in reader.units(inputs)),
+                "held_out": held_out,
+                "reader": vars(reader),
+                "filter": filter and filter.settings,
+                "interleave": interleave and vars(interleave),
+            },
             "splits": {split: writer.describe() for split, writer in writers.items()},
             "broken": {
                 kind: {"count": number, "first": faults.examples[kind]}
                 for kind, number in faults.kinds.items()
             },
             "filter": filter and filter.report,
-            "interleave": interleave and vars(interleave),
         }
         manifest.seal(folder, manifest.hash_files(folder), **content)
     print(report(content))
     print(f"wrote {output}")
     return content
+
+
+def anywhere(names: Any) -> Any:
+    """Return local paths in full, since parts may be prepared in another working folder."""
+    if isinstance(names, list):
+        return [anywhere(name) for name in names]
+    kind, mark, path = names.rpartition(":") if names.startswith("code:") else ("", "", names)
+    plain = "://" in names or (not mark and names in ("stdlib", "bytes"))
+    return names if plain else f"{kind}{mark}{os.path.abspath(path)}"
+
+
+def hashed(names: Iterable[str]) -> str:
+    """Hash of a list of names."""
+    return hashlib.sha256("\n".join(names).encode(errors="surrogatepass")).hexdigest()
 
 
 def set_aside(
@@ -229,11 +261,11 @@ def report(content: dict[str, Any]) -> str:
     lines.append("  document length    documents         tokens   share")
     for edge, documents, tokens in train:
         lines.append(f"  ≥ {edge:>9,} tokens {documents:>10,} {tokens:>14,} {tokens / total:>7.1%}")
-    if found := content["filter"]:
+    if (found := content["filter"]) and found["quantiles"]:
         lines.append(
             f"  filter kept {found['kept']:,} documents ({found['kept_tokens']:,} tokens), dropped "
             f"{found['dropped']:,} ({found['dropped_tokens']:,}); median score "
-            f"{found['quantiles'].get('0.5', 0):.3f}"
+            f"{found['quantiles']['0.5']:.3f}"
         )
     if content["round_trip"] < 1:
         share = 1 - content["round_trip"]

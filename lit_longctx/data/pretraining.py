@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -40,9 +42,12 @@ class Source:
         """Return the windows of a split."""
         if self.tokenizer is None:
             return open_windows(self.folder, split, length, storage)
-        return open_windows(
-            self.folder, split, length, storage, described(open_tokenizer(self.tokenizer))
-        )
+        return open_windows(self.folder, split, length, storage, _described(self.tokenizer))
+
+
+@lru_cache
+def _described(tokenizer: str) -> dict[str, Any]:
+    return described(open_tokenizer(tokenizer))
 
 
 class PretrainData(LightningDataModule):
@@ -110,7 +115,7 @@ class PretrainData(LightningDataModule):
                     f"a stage names source {unknown.pop()}; sources are {', '.join(sources)}"
                 )
         self.storage = storage
-        opened = {n: s.open("train", self.window, storage) for n, s in sources.items()}
+        opened = {n: s.open("train", self._shortest(n), storage) for n, s in sources.items()}
         first = next(iter(opened.values()))
         self.tokenizer: dict[str, Any] = first.manifest["tokenizer"]
         for name, other in opened.items():
@@ -121,11 +126,28 @@ class PretrainData(LightningDataModule):
             if isinstance(other, Packs) and (lanes or packing == "best_fit"):
                 raise ValueError(f"source {name} is packed already: leave out lanes and best_fit")
         own = [w.tokenizer_folder for w in opened.values() if isinstance(w, Windows)]
-        self.tokenizer_folder = own[0] if own else None
+        named = [Path(s.tokenizer) for s in sources.values() if s.tokenizer not in (None, "bytes")]
+        folders = own + [path if path.is_dir() else path.parent for path in named]
+        self.tokenizer_folder = folders[0] if folders else None
 
-    def open(self, split: str, length: int) -> dict[str, Windows | Packs]:
-        """Return each source's windows; ValueError if a source has too few tokens for one."""
-        found = {n: s.open(split, length, self.storage) for n, s in self.sources.items()}
+    def _shortest(self, name: str) -> int:
+        """Shortest window that a source is read in; the longest of all if none reads it."""
+        windows = [stage.window for stage in self.course.stages if name in self.names(stage)]
+        return min(windows, default=self.window)
+
+    def names(self, stage: Stage) -> list[str]:
+        """Return the sources that a stage reads."""
+        return [name for name in self.sources if not stage.weights or name in stage.weights]
+
+    @property
+    def longest(self) -> Stage:
+        """The stage of the longest window: the held-out splits of its sources are validated on."""
+        return max(self.course.stages, key=lambda stage: stage.window)
+
+    def open(self, split: str, stage: Stage) -> dict[str, Windows | Packs]:
+        """Return a stage's windows by source; ValueError if one has too few tokens for any."""
+        length = stage.window
+        found = {n: self.sources[n].open(split, length, self.storage) for n in self.names(stage)}
         for name, windows in found.items():
             if not len(windows) and split == "train":
                 raise ValueError(
@@ -136,11 +158,10 @@ class PretrainData(LightningDataModule):
 
     def readers(self, stage: Stage) -> dict[str, Reader]:
         """Return what serves a stage's windows, by source."""
-        opened = self.open("train", stage.window)
-        names = [name for name in opened if not stage.weights or name in stage.weights]
+        opened = self.open("train", stage)
         if self.packing == "concatenate":
-            return {name: opened[name] for name in names}
-        return {name: self._best_fit(opened[name]) for name in names}
+            return dict(opened)
+        return {name: self._best_fit(windows) for name, windows in opened.items()}
 
     def _best_fit(self, windows: Windows | Packs) -> BestFit:
         assert isinstance(windows, Windows)
@@ -156,7 +177,8 @@ class PretrainData(LightningDataModule):
             return Lanes(lengths, weights, self.seed, stage.rows)
         groups = [_groups(reader) for reader in readers.values()]
         begun = [ceil((read or {}).get(name, 0) / stage.window) for name in readers]
-        return Order(lengths, weights, self.seed, groups, begun)
+        keys = [list(self.sources).index(name) for name in readers]
+        return Order(lengths, weights, self.seed, groups, begun, keys)
 
     def train_dataloader(self) -> DataLoader:
         """Whole steps of this rank, from the sample the model has come to."""
@@ -229,11 +251,18 @@ def read_batch(readers: Mapping[int, Reader], rows: list[tuple[int, int, int]], 
     )
 
 
-def _groups(reader: Reader) -> int | list[int]:
-    """Windows of each group that is shuffled together: those of a few chunks."""
+def _groups(reader: Reader) -> list[int]:
+    """Windows of each group that is shuffled together, those that begin in the same few chunks.
+
+    The number of groups does not depend on the window, so that stages of different windows go
+    through them in the same order.
+    """
     if isinstance(reader, BestFit):
         return reader.plan.groups
-    return SHUFFLED_CHUNKS * reader.manifest["chunk_tokens"] // reader.length
+    tokens = SHUFFLED_CHUNKS * reader.manifest["chunk_tokens"]
+    total = len(reader) * reader.length if isinstance(reader, Packs) else reader.tokens
+    edges = np.arange(0, total + tokens, tokens)
+    return np.diff(np.minimum(-(-edges // reader.length), len(reader))).tolist()
 
 
 class Upward(Sampler[int]):
@@ -274,8 +303,8 @@ class Steps(Dataset):
             self.orders.append(order)
             if isinstance(order, Order) and data.staged:
                 drawn = order.drawn(stage.steps * stage.rows)
-                for name, windows in zip(readers, drawn, strict=True):
-                    read[name] += windows * stage.window
+                for name, begun, windows in zip(readers, order.begun, drawn, strict=True):
+                    read[name] = (begun + windows) * stage.window
 
     def reports(self) -> list[str]:
         """Return what best-fit packing does to each source."""
@@ -310,14 +339,17 @@ class HeldOut(Dataset):
 
     def __init__(self, data: PretrainData, rank: int, ranks: int) -> None:
         self.bos = data.tokenizer["bos"]
-        self.windows = dict(enumerate(data.open("held_out", data.window).values()))
+        numbers = {name: number for number, name in enumerate(data.sources)}
+        opened = data.open("held_out", data.longest)
+        self.windows = {numbers[name]: windows for name, windows in opened.items()}
         chosen = []
         for source, windows in self.windows.items():
             number = min(len(windows), data.held_out_windows)
             places = np.linspace(0, len(windows) - 1, number).round().astype(int) if number else []
             chosen += [(source, int(window), i) for i, window in enumerate(places)]
-        size = data.course.stages[-1].micro_batch_size
-        chosen += [(0, -1, -1)] * (-len(chosen) % (size * ranks))
+        size = data.longest.micro_batch_size
+        padding = next(iter(self.windows))
+        chosen += [(padding, -1, -1)] * (-len(chosen) % (size * ranks))
         self.rows = [chosen[i : i + size] for i in range(rank * size, len(chosen), size * ranks)]
 
     def __len__(self) -> int:

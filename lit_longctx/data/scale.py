@@ -17,7 +17,7 @@ from lit_longctx import manifest
 from lit_longctx.data.chunks import BLOCK, SPLITS, SplitWriter
 from lit_longctx.data.windows import Windows
 
-SAME = ("format", "block", "chunk_tokens", "tokenizer", "input", "interleave")
+SAME = ("format", "block", "chunk_tokens", "tokenizer", "settings")
 """What the manifests of all parts must agree on."""
 STRETCH = 2**22
 """Tokens that are copied at a time."""
@@ -71,6 +71,8 @@ def in_parts(
     if output.exists():
         raise ValueError(f"{output} exists already; choose another folder or remove it")
     number = int(executor.options.get("tasks", 1))
+    if number < 1:
+        raise ValueError(f"executor's tasks {number} must be 1 or more, the number of parts")
     folder = output.with_name(f"{output.name}.parts")
     logs = folder / "logs"
     folders = [part_folder(folder, part) for part in range(number)]
@@ -89,9 +91,11 @@ def in_parts(
 
 
 def join(folders: list[Path], output: Path, source: str | None = None) -> dict[str, Any]:
-    """Make one prepared folder of all parts; the same bytes as if it had been prepared at once.
+    """Make one prepared folder of all parts.
 
-    Every file's hash, the parts' settings and the sums of tokens are checked. Costs a copy.
+    It holds the same bytes as if it had been prepared at once, but for `interleave`, whose groups
+    end with their part. Every file's hash, the parts' settings and the sums of tokens are checked.
+    Costs a copy.
 
     Args:
         folders: Parts in order.
@@ -107,8 +111,8 @@ def join(folders: list[Path], output: Path, source: str | None = None) -> dict[s
         for name in SAME:
             if part[name] != first[name]:
                 raise ValueError(
-                    f"{folder} was prepared with {name} {part[name]}, {folders[0]} with "
-                    f"{first[name]}; remove one of them and run again"
+                    f"{folder} was prepared otherwise than {folders[0]}: expected {name} "
+                    f"{first[name]}, got {part[name]}; remove the parts that are wrong, run again"
                 )
     with manifest.whole_folder(output) as target:
         writers = {}
@@ -186,9 +190,7 @@ def _summed(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _filtered(parts: list[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """What the filter kept and dropped in all parts."""
+    """What the filter kept and dropped in all parts; scores are in the parts' own manifests."""
     reports = [part for part in parts if part]
-    if not reports:
-        return None
     sums = ("kept", "dropped", "kept_tokens", "dropped_tokens")
-    return {**reports[0], **{name: sum(report[name] for report in reports) for name in sums}}
+    return {name: sum(report[name] for report in reports) for name in sums} if reports else None

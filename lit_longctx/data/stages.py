@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import inf
 
 ENDLESS = 2**40
 """Steps of the one stage of a run whose stages are not given."""
@@ -27,6 +28,15 @@ class Stage:
     learning_rate: float | None = None
     """Peak learning rate; with it the schedule, warm-up included, begins anew in every stage."""
 
+    def __post_init__(self) -> None:
+        for name in ("window", "batch_tokens", "micro_batch_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"a stage's {name} {getattr(self, name)} must be 1 or more")
+        for name in ("theta", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < inf:
+                raise ValueError(f"a stage's {name} {value} must be above 0")
+
     @property
     def rows(self) -> int:
         """Windows per optimizer step."""
@@ -34,7 +44,8 @@ class Stage:
 
     def completed(self, run: "Stage") -> "Stage":
         """Return the stage with what it leaves open taken from the run's own settings."""
-        own = {name: value for name, value in vars(self).items() if value or name == "steps"}
+        open_values = (0, None, {})
+        own = {n: v for n, v in vars(self).items() if n == "steps" or v not in open_values}
         return replace(run, **own)
 
 
@@ -59,7 +70,7 @@ class Course:
         self.stages = list(stages)
         self.steps = [0, *accumulate(stage.steps for stage in stages)]
         self.samples = [0, *accumulate(stage.steps * stage.rows for stage in stages)]
-        self.begun = [0, *accumulate(stage.steps * stage.batch_tokens for stage in stages)]
+        self.tokens_before = [0, *accumulate(stage.steps * stage.batch_tokens for stage in stages)]
 
     def at(self, step: int) -> int:
         """Number of the stage that a step, counted from 0, belongs to; after the end, the last."""
@@ -73,4 +84,7 @@ class Course:
     def tokens(self, sample: int, step: int) -> int:
         """Stride tokens of all samples before this one, which belongs to the stage of a step."""
         number = self.at(step)
-        return self.begun[number] + (sample - self.samples[number]) * self.stages[number].window
+        return (
+            self.tokens_before[number]
+            + (sample - self.samples[number]) * self.stages[number].window
+        )

@@ -2,7 +2,7 @@
 
 from abc import ABC
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -290,14 +290,18 @@ class LanguageModule(LightningModule, ABC):
         assert self.llama is not None
         data = getattr(self.trainer, "datamodule", None)
         checkpoint["samples_consumed"] = self.samples_consumed
+        checkpoint["stages"] = self._begun(self.global_step)
         checkpoint["model_description"] = {
-            **describe(self.llama, self._longest_window() if data else None),
+            **describe(self.llama, self._longest_window()),
             "started_from": self._started_from(),
             "tokenizer": getattr(data, "tokenizer", None),
         }
 
-    def _longest_window(self) -> int:
-        """Tokens of the longest window that the run has seen."""
+    def _longest_window(self) -> int | None:
+        """Tokens of the longest window that the run has seen, if the data says."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "course"):
+            return getattr(data, "window", None)
         last = self.course.at(max(0, self.global_step - 1))
         return max(stage.window for stage in self.course.stages[: last + 1])
 
@@ -310,7 +314,25 @@ class LanguageModule(LightningModule, ABC):
         """Take up the count of samples, and the places of the last step that was trained."""
         assert self.llama is not None
         self.samples_consumed = checkpoint["samples_consumed"]
-        self.llama.position = self.position_at(max(0, checkpoint["global_step"] - 1))
+        step = checkpoint["global_step"]
+        held, ours = checkpoint.get("stages"), self._begun(step)
+        if self.trainer.state.fn == "fit" and held != ours:
+            raise ValueError(
+                f"until step {step} the run's stages were {held}, the config's are {ours}; go on "
+                "with those it began with"
+            )
+        self.llama.position = self.position_at(max(0, step - 1))
+
+    def _begun(self, step: int) -> list[dict[str, Any]]:
+        """Return what decided the first steps of a run in stages: all of the stages that ended."""
+        if not getattr(getattr(self.trainer, "datamodule", None), "staged", False):
+            return []
+        last = self.course.at(max(0, step - 1))
+        begun = [asdict(stage) for stage in self.course.stages[: last + 1]]
+        for stage in begun:
+            del stage["micro_batch_size"]
+        del begun[-1]["steps"]  # the stage that goes on may become longer or shorter
+        return begun
 
     @property
     def tokenizer_folder(self) -> Path | None:

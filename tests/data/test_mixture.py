@@ -170,6 +170,27 @@ def test_held_out_documents_and_the_tokenizer_are_copied(sources, tmp_path):
             assert ours.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.parametrize("threshold", [300, 1024, 1500])
+def test_long_shares_are_those_of_the_threshold(sources, tmp_path, threshold):
+    _, report = mixed(sources, tmp_path, mode="global", threshold=threshold)
+    for name in sources:
+        for when, folder in (("before", sources[name]), ("after", tmp_path / "mix" / name)):
+            each = lengths(documents(folder))
+            expected = each[each >= threshold].sum() / each.sum()
+            assert report["sources"][name][f"long_{when}"] == pytest.approx(expected)
+
+
+def test_a_source_at_a_url_is_copied_whole(sources, tmp_path):
+    remote = {name: f"local:{folder}" for name, folder in sources.items()}
+    mix(remote, str(tmp_path / "mix"), Upsampling("none"))
+    for name, folder in sources.items():
+        ours, theirs = (manifest.verify(Path(f)) for f in (tmp_path / "mix" / name, folder))
+        assert ours["splits"]["held_out"] == theirs["splits"]["held_out"]
+        found = documents(tmp_path / "mix" / name, "held_out")
+        assert found == documents(folder, "held_out")
+        assert (tmp_path / "mix" / name / "tokenizer" / "tokenizer.json").is_file()
+
+
 def test_the_same_seed_gives_the_same_mix_and_another_another(sources, tmp_path):
     found = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -185,7 +206,7 @@ def test_from_the_command_line_and_into_training(sources, tmp_path, capsys):
     weights = {"web": 0.5, "books": 0.3, "code": 0.2}
     config.write_text(yaml.safe_dump({**content, "weights": weights}))
     assert cli.main(["mix", "--config", str(config)]) == 0
-    assert "of its own in long documents" in capsys.readouterr().out
+    assert "of its own in long ones" in capsys.readouterr().out
     data = yaml.safe_load((tmp_path / "mix" / "data.yaml").read_text())["data"]
     assert data["class_path"] == "PretrainData"
     found = data["init_args"]["sources"]
@@ -204,6 +225,10 @@ def test_from_the_command_line_and_into_training(sources, tmp_path, capsys):
         ({"tokens": 0}, "tokens 0 must be 1 or more"),
         ({"mode": "upsample", "shares": {"boks": 0.6}}, "shares name boks; sources are web"),
         ({"threshold": 10**6, "keep": 0.0}, "source web has no document left; raise keep"),
+        (
+            {"mode": "global", "threshold": 10**6, "keep": 0.0},
+            "source web has no document left; raise keep",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_written(sources, tmp_path, settings, message):

@@ -161,3 +161,22 @@ def test_the_schedule_stays_within_tijdemans_bound():
         for n in range(1, len(schedule) + 1):
             deviation = abs(schedule[:n].count(source) - Fraction(n * share, sum(shares)))
             assert deviation <= bound
+
+
+def test_a_source_is_shuffled_by_its_key_wherever_it_stands():
+    both = Order([40, 60], [1, 1], seed=3, group=[8, 7])
+    second = [window for source, window in draws(both, 200) if source == 1]
+    alone = Order([60], seed=3, group=[7], keys=[1])
+    assert [window for _, window in draws(alone, 100)] == second
+
+
+def test_windows_that_count_as_drawn_come_later():
+    order = Order([40, 60], [1, 2], seed=3, group=[8, 7])
+    drawn = order.drawn(50)
+    assert sum(drawn) == 50
+    found = draws(Order([40, 60], [1, 2], seed=3, group=[8, 7], begun=drawn), 60)
+    expected = draws(order, 60, start=50)
+    for source in (0, 1):
+        mine = [window for s, window in found if s == source]
+        theirs = [window for s, window in expected if s == source]
+        assert mine[: len(theirs)] == theirs[: len(mine)]

@@ -406,7 +406,7 @@ def test_interleaving_joins_training_documents_and_leaves_held_out_ones_alone(tm
         turns = [part[at : at + 100] for at in (0, 100, 200) for part in group]
         expected.append([token for turn in turns for token in turn])
     assert documents(joined, "train") == expected
-    assert manifest.read(joined)["interleave"] == config["interleave"]
+    assert manifest.read(joined)["settings"]["interleave"] == config["interleave"]
 
 
 def test_the_filter_keeps_what_scores_and_reports(tmp_path, capsys):
@@ -445,3 +445,12 @@ def test_texts_that_do_not_come_back_are_counted(tmp_path, capsys):
     found = prepare(str(tmp_path / "a.jsonl"), str(tmp_path / "out"), coder, **settings)
     assert found["round_trip"] == 0.5
     assert "50% of the first texts do not come back exactly" in capsys.readouterr().out
+
+
+def test_the_environment_of_a_larger_job_does_not_matter(tmp_path, monkeypatch):
+    """litdata would wait for ever for what another process of the job writes."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("GLOBAL_RANK", "1")
+    write_rows(tmp_path / "a.jsonl", {"a": "text"})
+    prepare(str(tmp_path / "a.jsonl"), str(tmp_path / "out"), held_out=0)
+    assert documents(tmp_path / "out", "train") == [list(b"text")]

@@ -235,7 +235,7 @@ def test_a_step_is_packed_batches(folder):
 
 def test_without_weights_an_epoch_is_every_window_once(folder):
     module = data(folder, weights=None)
-    counts = {name: len(windows) for name, windows in module.open("train", WINDOW).items()}
+    counts = {name: len(windows) for name, windows in module.open("train", module.longest).items()}
     for name, count in counts.items():
         assert count == (len(flat(folder / name, "train")) - 1) // WINDOW
     order = first_order(module)
@@ -247,7 +247,7 @@ def test_without_weights_an_epoch_is_every_window_once(folder):
 
 def test_shuffling_is_local_to_groups_of_four_chunks(folder):
     module = data(folder, names=["books"], weights=None)
-    count = len(module.open("train", WINDOW)["books"])
+    count = len(module.open("train", module.longest)["books"])
     order = first_order(module)
     drawn = [order(n)[1] // 16 for n in range(count)]
     runs = [group for i, group in enumerate(drawn) if i == 0 or drawn[i - 1] != group]
@@ -324,7 +324,7 @@ def test_test_reads_what_validate_reads(folder):
 
 def test_a_padding_row_among_others(folder):
     module = data(folder)
-    readers = dict(enumerate(module.open("train", WINDOW).values()))
+    readers = dict(enumerate(module.open("train", module.longest).values()))
     batch = read_batch(readers, [(0, 2, 9), (0, -1, -1), (1, 0, 4)], BOS)
     assert batch.samples.tolist() == [9, -1, 4]
     assert batch.sources.tolist() == [0, 0, 1]

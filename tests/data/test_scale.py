@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from lit_longctx import cli, manifest
+from lit_longctx.data.documents import Reader
+from lit_longctx.data.faults import Faults
 from lit_longctx.data.interleave import Interleave
 from lit_longctx.data.prepare import prepare
 from lit_longctx.data.scale import Executor, join, part_folder
@@ -162,8 +164,43 @@ def test_a_part_prepared_otherwise_is_refused(texts, parts, tmp_path):
     shutil.rmtree(parts[2])
     other = {**SETTINGS, "interleave": Interleave()}
     prepare(str(texts), str(parts[2]), **other, part=2, parts=PARTS)
-    with pytest.raises(ValueError, match=r"00002 was prepared with interleave .* with None"):
+    with pytest.raises(ValueError, match=r"00002 was prepared otherwise than .*00000: expected"):
         join(parts, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "other", [{"held_out": 0.5}, {"reader": Reader(text_field="text", largest=9000)}]
+)
+def test_parts_of_different_runs_are_refused(texts, parts, tmp_path, other):
+    shutil.rmtree(parts[2])
+    prepare(str(texts), str(parts[2]), **{**SETTINGS, **other}, part=2, parts=PARTS)
+    with pytest.raises(ValueError, match=r"00002 was prepared otherwise than .*00000: expected"):
+        join(parts, tmp_path / "out")
+
+
+def test_a_file_that_came_between_two_parts_is_noticed(texts, parts, tmp_path):
+    grown = tmp_path / "texts"
+    shutil.copytree(texts, grown)
+    shutil.copy(texts / "3.jsonl", grown / "3b.jsonl")
+    shutil.rmtree(parts[2])
+    prepare(str(grown), str(parts[2]), **SETTINGS, part=2, parts=PARTS)
+    with pytest.raises(ValueError, match=r"00002 was prepared otherwise.*units"):
+        join(parts, tmp_path / "out")
+
+
+def test_repositories_have_the_same_names_in_parts(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "x").mkdir(parents=True)
+        (tmp_path / name / "x" / "f.py").write_text(f"{name} = 1\n" * 50)
+    inputs = [f"code:{tmp_path / name}" for name in ("a", "b")]
+    whole = [d.id for d in Reader().documents(inputs, Faults())]
+    found = [d.id for part in (0, 1) for d in Reader().documents(inputs, Faults(), part, 2)]
+    assert found == whole == ["x", "x#2"]
+
+
+def test_no_parts_at_all_are_refused(texts, tmp_path):
+    with pytest.raises(ValueError, match="executor's tasks 0 must be 1 or more"):
+        prepare(str(texts), str(tmp_path / "out"), executor=Executor(options={"tasks": 0}))
 
 
 def test_tokens_that_do_not_add_up_are_refused(parts, tmp_path):

@@ -2,11 +2,12 @@
 
 import multiprocessing
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from data.test_pretraining import NAMES, WINDOW, attach, flat, folder, rows_of  # noqa: F401
 
-from lit_longctx.data.pretraining import PretrainData, Source
+from lit_longctx.data.pretraining import PretrainData, Source, Steps
 from lit_longctx.data.stages import Course, Stage
 
 STAGES = [
@@ -110,6 +111,43 @@ def test_a_later_stage_goes_on_in_the_epoch(folder):  # noqa: F811
     assert seen.total() - len(seen) <= group + 2
 
 
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+@pytest.mark.parametrize("windows", [(256, 512, 1024), (256, 768, 512), (1024, 768, 256)])
+def test_sources_go_on_where_they_stopped_whatever_a_stage_reads(folder, packing, windows):  # noqa: F811
+    """Three stages; the middle one rests one source, and windows do not divide the groups."""
+    mixed, total = {"books": 0.9, "code": 0.1}, len(flat(folder / "books", "train"))
+    steps = [int(0.45 * total / (4 * 0.9 * window)) for window in windows]
+    stages = [
+        Stage(steps[0], window=windows[0], batch_tokens=4 * windows[0], weights=mixed),
+        Stage(1, window=windows[1], batch_tokens=windows[1], weights={"code": 1.0}),
+        Stage(steps[2], window=windows[2], batch_tokens=4 * windows[2], weights=mixed),
+    ]
+    module = data(folder, packing, stages=stages, micro_batch_size=1)
+    attach(module, max_steps=module.course.steps[-1])
+    seen = [Counter(), Counter()]
+    read = [0, 0]
+    for step in module.train_dataloader():
+        for batch in step.micro_batches:
+            source, tokens = int(batch.sources[0]), batch.input_ids[0].tolist()
+            labels = batch.labels[0].tolist()
+            # documents are random: eight tokens in a row stand but once in a source
+            seen[source].update(
+                tuple(tokens[i : i + 8])
+                for i in range(len(tokens) - 8)
+                if min(labels[i : i + 8]) >= 0
+            )
+            read[source] += len(tokens)
+    orders = Steps(module, 0, 1).orders
+    assert [order.keys for order in orders] == [[0, 1], [1], [0, 1]]
+    assert len({len(order.groups[-1]) for order in orders}) == 1
+    group = 4 * 1024
+    for source, name in enumerate(NAMES):
+        total = len(flat(folder / name, "train"))
+        twice = sum(number - 1 for number in seen[source].values())
+        assert 0.5 * total < read[source] < total or name == "code"  # one epoch at most
+        assert twice <= group + 2 * max(windows), name
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -124,6 +162,40 @@ def test_a_later_stage_goes_on_in_the_epoch(folder):  # noqa: F811
 def test_impossible_stages_are_refused(folder, settings, message):  # noqa: F811
     with pytest.raises(ValueError, match=message):
         data(folder, **settings)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"micro_batch_size": -1}, "a stage's micro_batch_size -1 must be 1 or more"),
+        ({"batch_tokens": -1024}, "a stage's batch_tokens -1024 must be 1 or more"),
+        ({"learning_rate": 0.0}, "a stage's learning_rate 0.0 must be above 0"),
+        ({"theta": -1.0}, "a stage's theta -1.0 must be above 0"),
+    ],
+)
+def test_impossible_values_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Stage(2, **values)
+
+
+def test_a_stage_need_not_fit_a_source_that_it_does_not_read(folder):  # noqa: F811
+    """MDS shards packed to 256 tokens beside a stage of 512."""
+    golden = Path(__file__).parents[1] / "golden" / "mds" / "plain"
+    packed = Source(str(golden), 1.0, tokenizer="bytes")
+    sources = {"books": Source(str(folder / "books"), 1.0), "packed": packed}
+    weights = [{"books": 0.5, "packed": 0.5}, {"books": 1.0}]
+    stages = [Stage(2, 256, 1024, 1, weights[0]), Stage(2, 512, 1024, 1, weights[1])]
+    module = attach(PretrainData(sources, 256, 1024, stages=stages), max_steps=4)
+    lengths = [len(s.micro_batches[0].input_ids[0]) for s in module.train_dataloader()]
+    assert lengths == [256, 256, 512, 512]
+    assert {int(b.sources[0]) for b in module.val_dataloader()} == {0}
+
+
+def test_held_out_windows_take_the_rows_of_the_longest_stage(folder):  # noqa: F811
+    stages = [Stage(2, 1024, 2048, 1), Stage(2, 256, 2048, 8)]
+    module = attach(data(folder, stages=stages), max_steps=4)
+    shapes = {tuple(batch.input_ids.shape) for batch in module.val_dataloader()}
+    assert shapes == {(1, 1024)}
 
 
 def test_the_run_must_be_as_long_as_its_stages(folder):  # noqa: F811

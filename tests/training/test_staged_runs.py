@@ -122,4 +122,14 @@ def test_stages_that_do_not_fit_the_run_are_refused(
     other = ["--data.init_args.stages", shorter, "--ckpt_path", start]
     ran = runs.fit(tmp_path / "b", *options, *other)
     assert ran.code == 1
-    assert "at step 10 the stages have read 60 samples, the run had read 80" in ran.err
+    assert "until step 10 the run's stages were" in ran.err
+    start = alone.folder / "checkpoints" / "step-00000020"
+    narrower = json.dumps([STAGES[0], STAGES[1] | {"window": 256, "batch_tokens": 1024}])
+    for number, stages in enumerate(
+        (narrower, json.dumps([STAGES[0], STAGES[1] | {"learning_rate": 2e-3}]))
+    ):
+        other = ["--data.init_args.stages", stages, "--ckpt_path", start]
+        ran = runs.fit(tmp_path / str(number), *options, *other)
+        assert ran.code == 1
+        (line,) = ran.err.splitlines()
+        assert "until step 20 the run's stages were" in line
