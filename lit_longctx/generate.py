@@ -1,12 +1,19 @@
-"""Greedy and sampled decoding with a cache of keys and values."""
+"""Greedy and sampled decoding with a cache of keys and values, of ids and of text."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Int
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import NO_TARGET, Batch, one_document
 from lit_longctx.checkpoint import load_pretrained, tokenizer_folder
-from lit_longctx.data.tokenizer import open_tokenizer
+from lit_longctx.data.tokenizer import Tokenizer, open_tokenizer
 from lit_longctx.model import Cache, Llama
 
 
@@ -26,7 +33,130 @@ def reading(ids: Int[Tensor, "batch seq"], past: int = 0) -> Batch:
     )
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token follows from its logits."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token; otherwise logits are divided by it."""
+    top_k: int | None = None
+    """Draw from so many of the likeliest tokens; default: all."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens that have this probability (Holtzman et al. 2019)."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 or more; got {self.temperature}; use 0 or 1")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be 1 or more; got {self.top_k}; leave it out for all")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1]; got {self.top_p}; use 1 for all tokens")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
+            raise ValueError("top_k and top_p expect a temperature above 0; got 0; set temperature")
+
+    def chances(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
+        """Probabilities to draw with, for a temperature above 0; float32."""
+        logits = logits.float() / self.temperature
+        if self.top_k is not None:
+            least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < least, float("-inf"))
+        chances = logits.softmax(-1)
+        if self.top_p < 1:
+            likeliest, tokens = chances.sort(descending=True)
+            before = likeliest.cumsum(-1) - likeliest
+            kept = likeliest.masked_fill(before >= self.top_p, 0.0)
+            chances = torch.zeros_like(chances).scatter(-1, tokens, kept)
+        return chances / chances.sum(-1, keepdim=True)
+
+    def choose(
+        self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator
+    ) -> Int[Tensor, " batch"]:
+        """Return one token per row."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        return torch.multinomial(self.chances(logits), 1, generator=generator)[:, 0]
+
+
+GREEDY = Sampling()
+
+
+def decode(
+    llama: Llama,
+    prompts: Sequence[Int[Tensor, " _"]],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    eos: int | None = None,
+    seed: int = 0,
+    prefill_tokens: int = 1024,
+) -> Iterator[Int[Tensor, " batch"]]:
+    """Yield the next token of every prompt, until all have met `eos` or there are enough.
+
+    Shorter prompts are padded in front; nothing sees the padding and places are counted from the
+    prompt's own beginning, so that each row is what it would be alone (its draws are not: all rows
+    share one generator). After `eos`, a row goes on with it.
+
+    Schemes that depend on a document's length take it to be prompt + max_new_tokens throughout.
+
+    Args:
+        llama: The model.
+        prompts: Ids of each row, of any lengths.
+        max_new_tokens: Most tokens to add to each.
+        sampling: How a token is chosen.
+        eos: Token that ends a row.
+        seed: Decides the random choices.
+        prefill_tokens: Prompt tokens to read at a time, over all rows: bounds what a long prompt
+            needs besides its keys and values.
+
+    Raises:
+        ValueError: A prompt is empty, or the scheme does not reach so far.
+    """
+    cache = _planned(llama, [len(prompt) for prompt in prompts], max_new_tokens)
+    longest = max(len(prompt) for prompt in prompts)
+    new = torch.stack([F.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts])
+    generator = torch.Generator(new.device).manual_seed(seed)
+    ended = torch.zeros(len(new), dtype=torch.bool, device=new.device)
+    for _ in range(max_new_tokens):
+        chosen = sampling.choose(_read(llama, new, cache, prefill_tokens), generator)
+        if eos is not None:
+            chosen = chosen.masked_fill(ended, eos)
+            ended |= chosen == eos
+        yield chosen
+        if eos is not None and ended.all():
+            return
+        new = chosen[:, None]
+
+
+def _planned(llama: Llama, lengths: Sequence[int], max_new_tokens: int) -> Cache:
+    """Return an empty cache for prompts of such lengths; refuse now what would fail in the end."""
+    if not lengths or min(lengths) < 1:
+        raise ValueError("expected at least one token per prompt; got an empty one; begin with BOS")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be 1 or more; got {max_new_tokens}; raise it")
+    longest = max(lengths)
+    planned = longest + max_new_tokens
+    last = torch.tensor([[planned - 1]])
+    llama.position.encode(last, llama.config.head_width, one_document(1, planned))
+    padding = [longest - n for n in lengths] if min(lengths) < longest else []
+    return Cache(llama.config.num_hidden_layers, planned, padding)
+
+
+@torch.inference_mode()  # here and not around `yield`, which would put the caller into it too
+def _read(
+    llama: Llama, new: Int[Tensor, "batch seq"], cache: Cache, prefill_tokens: int
+) -> Float[Tensor, "batch vocab"]:
+    """Read new tokens, a few of each row at a time; return the logits after the last."""
+    if prefill_tokens < 1:
+        raise ValueError(f"prefill_tokens must be 1 or more; got {prefill_tokens}; raise it")
+    logits = new.new_empty(0)
+    for part in new.split(max(1, prefill_tokens // len(new)), dim=1):
+        batch = reading(part, cache.length)
+        if cache.padding:
+            before = torch.tensor(cache.padding, device=new.device)[:, None]
+            batch = batch.at((batch.position_ids - before).clamp(min=0))
+        logits = llama.logits(batch, cache, last=1)[:, 0]
+    return logits
+
+
 def generate(
     llama: Llama,
     prompt: Int[Tensor, "batch prompt"],
@@ -34,30 +164,112 @@ def generate(
     temperature: float = 0.0,
     eos: int | None = None,
     seed: int = 0,
+    *,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    prefill_tokens: int = 1024,
 ) -> Int[Tensor, "batch total"]:
-    """Continue prompts of equal length; temperature 0 is greedy; stops once all rows met `eos`.
+    """Continue prompts of equal length; `decode` takes any lengths and says what arguments mean.
 
     Returns:
         Prompt and continuation; a row goes on with `eos` after it has met it.
     """
-    generator = torch.Generator(prompt.device).manual_seed(seed)
-    cache = Cache(llama.config.num_hidden_layers, planned=prompt.shape[1] + max_new_tokens)
-    ids, new = prompt, prompt
-    ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-    for _ in range(max_new_tokens):
-        logits = llama.logits(reading(new, cache.length), cache)[:, -1].float()
-        if temperature == 0:
-            new = logits.argmax(-1, keepdim=True)
-        else:
-            chances = (logits / temperature).softmax(-1)
-            new = torch.multinomial(chances, 1, generator=generator)
-        if eos is not None:
-            new = new.masked_fill(ended[:, None], eos)
-            ended |= new[:, 0] == eos
-        ids = torch.cat([ids, new], dim=1)
-        if ended.all():
-            break
-    return ids
+    sampling = Sampling(temperature, top_k, top_p)
+    found = decode(llama, list(prompt), max_new_tokens, sampling, eos, seed, prefill_tokens)
+    return torch.cat([prompt, torch.stack(list(found), dim=1)], dim=1)
+
+
+class Pieces:
+    """Text of ids that come one by one, in pieces that never split a character or a stop string.
+
+    Ids are decoded together with a few before them, since the text of a token depends on what
+    precedes it; costs a decoding of a few ids per token.
+    """
+
+    context = 6
+    """Ids of the prompt that the first ones are decoded with."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()
+    ) -> None:
+        if "" in stop:
+            raise ValueError("expected stop strings with characters; got an empty one; remove it")
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.ids = list(prompt[-self.context :])
+        self.known = len(self.ids)
+        self.waiting = ""
+        """Text that may be the beginning of a stop string."""
+        self.ended = False
+
+    def add(self, token: int) -> str:
+        """Return the text that is certain by now; nothing once ended (by EOS or a stop string)."""
+        if self.ended:
+            return ""
+        if token == self.tokenizer.eos:
+            return self.close()
+        self.ids.append(token)
+        text = self._undecided()
+        if text.endswith("\ufffd"):  # bytes of a character whose others may follow
+            return ""
+        if text:
+            self.ids, self.known = self.ids[self.known :], len(self.ids) - self.known
+        return self._until_stop(text)
+
+    def close(self) -> str:
+        """Return what is left, incomplete characters as U+FFFD, since nothing follows."""
+        if self.ended:
+            return ""
+        piece = self._until_stop(self._undecided())
+        piece, self.waiting = piece + self.waiting, ""
+        self.ended = True
+        return piece
+
+    def _undecided(self) -> str:
+        """Text of the ids since the last piece."""
+        before = self.tokenizer.decode(self.ids[: self.known])
+        return self.tokenizer.decode(self.ids)[len(before) :]
+
+    def _until_stop(self, text: str) -> str:
+        """Return text up to the stop string that is first complete, or to what may become one."""
+        text, self.waiting = self.waiting + text, ""
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stop]
+        if complete := [ends for ends in found if ends[1] >= 0]:
+            self.ended = True
+            return text[: min(complete)[1]]
+        lengths = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        certain = len(text) - max(lengths, default=0)
+        self.waiting = text[certain:]
+        return text[:certain]
+
+
+def stream(
+    llama: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    prefill_tokens: int = 1024,
+) -> Iterator[list[str]]:
+    """Yield what each new token adds to the text of each prompt, until all have ended.
+
+    A row ends with EOS, with the first of the `stop` strings that its continuation completes
+    (across tokens too; it is left out), or after max_new_tokens; its pieces are empty from then on.
+    See `decode` for the rest.
+    """
+    if not all(prompts):
+        raise ValueError("expected a prompt; got an empty one; give some text to continue")
+    encoded = [[tokenizer.bos, *ids.tolist()] for ids in tokenizer.encode(prompts)]
+    rows = [Pieces(tokenizer, ids, stop) for ids in encoded]
+    given = [torch.tensor(ids, device=llama.head_weight.device) for ids in encoded]
+    eos = tokenizer.eos
+    for tokens in decode(llama, given, max_new_tokens, sampling, eos, seed, prefill_tokens):
+        yield [row.add(token) for row, token in zip(rows, tokens.tolist(), strict=True)]
+        if all(row.ended for row in rows):
+            return
+    yield [row.close() for row in rows]
 
 
 def generate_text(
@@ -67,24 +279,48 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
     tokenizer: str | None = None,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    stop: list[str] | str | None = None,
+    prefill_tokens: int = 1024,
+    attn_implementation: AttnImplementation = "sdpa",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str = "auto",
 ) -> str:
-    """Continue a prompt and print it.
+    """Continue a prompt and print it, the continuation as it comes.
 
     Args:
         checkpoint: Run folder or Hugging Face folder.
-        prompt: Text to continue; it begins a document.
+        prompt: Text to continue; it begins a document. `-` reads it from standard input.
         max_new_tokens: Most tokens to add.
         temperature: 0 for the likeliest token each time; higher is more random.
         seed: Decides the random choices.
         tokenizer: `bytes` or a tokenizer.json; default: the checkpoint's own.
+        top_k: Draw from so many of the likeliest tokens; default: all.
+        top_p: Draw from the fewest likeliest tokens that have this probability.
+        stop: Text, or list of texts, before which the continuation ends.
+        prefill_tokens: Prompt tokens to read at a time; fewer need less memory.
+        attn_implementation: Attention back end.
+        dtype: Of weights, keys and values.
+        device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
     """
+    sampling = Sampling(temperature, top_k, top_p)
     own = tokenizer or tokenizer_folder(checkpoint)
     if own is None:
         raise ValueError(f"{checkpoint} has no tokenizer; pass --tokenizer")
     coder = open_tokenizer(str(own))
-    llama = load_pretrained(checkpoint).eval()
-    ids = [coder.bos, *coder.encode([prompt])[0].tolist()]
-    found = generate(llama, torch.tensor([ids]), max_new_tokens, temperature, coder.eos, seed)
-    text = coder.decode(found[0].tolist())
-    print(text)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    llama = load_pretrained(checkpoint, attn_implementation=attn_implementation).eval()
+    llama = llama.to(device, getattr(torch, dtype))
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    stops = [stop] if isinstance(stop, str) else stop or []
+    pieces = stream(llama, coder, [prompt], max_new_tokens, sampling, seed, stops, prefill_tokens)
+    text = prompt + next(pieces)[0]  # before anything is printed, so that an error stands alone
+    print(text, end="", flush=True)
+    for (piece,) in pieces:
+        print(piece, end="", flush=True)
+        text += piece
+    print()
     return text

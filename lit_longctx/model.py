@@ -5,7 +5,7 @@ here knows of Lightning, data or sharding: those are done to it from outside.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,33 +87,79 @@ class Cache:
 
     Args:
         num_layers: Blocks of the model.
-        planned: Tokens the document will have in the end, prompt and continuation; schemes that
-            depend
-            on the document's length need it, since keys in the cache cannot be turned again.
+        planned: Places that will be read in the end, padding, prompt and continuation; they are
+            allocated at once. Schemes that depend on the document's length must know it, since
+            keys in the cache cannot be turned again.
+        padding: Places of each row before its document begins, where prompts differ in length;
+            nothing sees them.
     """
 
-    def __init__(self, num_layers: int, planned: int | None = None) -> None:
-        self.layers = [LayerCache() for _ in range(num_layers)]
+    def __init__(
+        self, num_layers: int, planned: int | None = None, padding: Sequence[int] = ()
+    ) -> None:
+        self.layers = [LayerCache(planned or 0) for _ in range(num_layers)]
         self.planned = planned
+        self.padding = padding
 
     @property
     def length(self) -> int:
-        """Tokens read so far."""
-        keys = self.layers[0].keys
-        return 0 if keys is None else keys.shape[1]
+        """Places read so far."""
+        return self.layers[0].length
+
+    def documents(self, new: Documents) -> tuple[Documents, Documents]:
+        """Return queries and keys of new places; padding is a document of its own."""
+        batch, seq = new.ids.shape
+        device = new.ids.device
+        if len(new.boundaries) != batch + 1:
+            raise ValueError("a cache needs one document per row; got packed rows; drop the cache")
+        if not self.padding:
+            return new, one_document(batch, self.length + seq, device)
+        queries = _padded(self.padding, self.length, seq, device)
+        return queries, _padded(self.padding, 0, self.length + seq, device)
+
+
+def _padded(padding: Sequence[int], first: int, seq: int, device: torch.device) -> Documents:
+    """Documents of `seq` places from `first`: in each row its padding, then the rest, or neither.
+
+    All on the host but for the result: kernels need not wait for `longest`.
+    """
+    ends = torch.tensor(padding)
+    rows = torch.arange(len(ends)) * seq
+    offsets = torch.stack([rows, rows + (ends - first).clamp(0, seq)], dim=1).flatten()
+    boundaries = F.pad(offsets, (0, 1), value=len(ends) * seq).int()
+    ids = (torch.arange(first, first + seq) >= ends[:, None]).long()
+    return Documents(ids.to(device), boundaries.to(device), int(boundaries.diff().max()))
 
 
 class LayerCache:
-    """Keys and values of one block."""
+    """Keys and values of one block, in tensors with room for what is planned; no backward pass.
 
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    What a scheme adds to keys beyond head_dim tells their place, the same for all heads: it is
+    held for one head and joined when read.
+    """
+
+    def __init__(self, planned: int = 0) -> None:
+        self.planned = planned
+        self.length = 0
+        self.held: list[Tensor] = []
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new places and return all of them."""
-        self.keys = k if self.keys is None else torch.cat([self.keys, k], dim=1)
-        self.values = v if self.values is None else torch.cat([self.values, v], dim=1)
-        return self.keys, self.values
+        """Add new places and return all of them; past the plan, the tensors double."""
+        heads, dim = v.shape[2:]
+        new = (k[..., :dim], k[:, :, :1, dim:], v)
+        begin, self.length = self.length, self.length + k.shape[1]
+        if not self.held or self.held[0].shape[1] < self.length:
+            room = max(self.planned, 2 * begin, self.length)
+            larger = [x.new_empty(len(x), room, *x.shape[2:]) for x in new]
+            for old, held in zip(self.held, larger, strict=False):  # at first there are none
+                held[:, :begin] = old[:, :begin]
+            self.held = larger
+        for held, part in zip(self.held, new, strict=True):
+            held[:, begin : self.length] = part
+        content, place, values = (held[:, : self.length] for held in self.held)
+        if place.shape[-1]:
+            content = torch.cat([content, place.expand(-1, -1, heads, -1)], dim=-1)
+        return content, values
 
 
 class Attention(nn.Module):
@@ -258,15 +304,17 @@ class Llama(nn.Module):
         self, batch: Batch, cache: Cache | None = None, memory: Memory | None = None
     ) -> Float[Tensor, "batch seq width"]:
         """Final hidden states, after the last norm; takes from and adds to cache or memory."""
-        queries = keys = final = batch.documents
+        queries = keys = batch.documents
         places = batch.position_ids
         if cache is not None:
-            keys = _cached(batch.documents, cache.length)
-            final = self._planned(batch.documents, cache)
+            queries, keys = cache.documents(batch.documents)
         elif memory is not None:
             queries, keys = memory.documents(batch)
             places = memory.places(batch)
-        code = self.position.encode(places, self.config.head_width, final)
+        if cache is not None and self.position.depends_on_length:
+            code = self._planned_code(places, cache)
+        else:
+            code = self.position.encode(places, self.config.head_width, batch.documents)
         mask = self.backend.prepare(queries, keys)
         x = self.model.embed_tokens(batch.input_ids)
         inputs = []
@@ -278,16 +326,19 @@ class Llama(nn.Module):
             memory.advance(batch, inputs)
         return self.model.norm(x)
 
-    def _planned(self, new: Documents, cache: Cache) -> Documents | None:
-        """Return the documents as they will be when all is read, for schemes that ask for them."""
-        if not self.position.depends_on_length:
-            return None
+    def _planned_code(self, places: Tensor, cache: Cache) -> Float[Tensor, "batch seq code"]:
+        """Encode places of documents that have, from the start, the length they will have."""
         if cache.planned is None:
             raise ValueError(
                 f"{type(self.position).__name__} depends on the document's length, which a cache "
                 "must know beforehand: Cache(num_layers, planned=prompt + new tokens)"
             )
-        return one_document(len(new.ids), cache.planned, new.ids.device)
+        lengths = [cache.planned - n for n in cache.padding] or [cache.planned] * len(places)
+        codes = [
+            self.position.encode(row[None], self.config.head_width, one_document(1, n, row.device))
+            for row, n in zip(places, lengths, strict=True)
+        ]
+        return torch.cat(codes)
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch seq"]:
         """Nats of each target, float32, 0 where there is none; backward recomputes the head."""
@@ -303,16 +354,15 @@ class Llama(nn.Module):
         loss, nats = weighted_loss(hidden, self.head_weight, labels, weights)
         return loss, nats.view(batch.labels.shape)
 
-    def logits(self, batch: Batch, cache: Cache | None = None) -> Float[Tensor, "batch seq vocab"]:
-        """All logits, to decode and compare; with a cache, `batch` holds the new tokens only."""
-        return self.hidden(batch, cache) @ self.head_weight.T
+    def logits(
+        self, batch: Batch, cache: Cache | None = None, last: int | None = None
+    ) -> Float[Tensor, "batch places vocab"]:
+        """Logits of the `last` places of each row (default: all), to decode and compare.
 
-
-def _cached(new: Documents, past: int) -> Documents:
-    batch, seq = new.ids.shape
-    if len(new.boundaries) != batch + 1:
-        raise ValueError("a cache needs one document per row; got packed rows; drop the cache")
-    return one_document(batch, past + seq, new.ids.device)
+        With a cache, `batch` holds the new tokens only.
+        """
+        hidden = self.hidden(batch, cache)
+        return hidden[:, -(last or 0) :] @ self.head_weight.T
 
 
 def initial_weight(name: str, shape: torch.Size, num_layers: int, seed: int) -> Tensor:

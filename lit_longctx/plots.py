@@ -132,3 +132,31 @@ def document_lengths(report: dict[str, Any]) -> Figure:
     panels[-1].set_xlabel("thousands of tokens (1,024) of the document")
     figure.supylabel("share of the source's tokens")
     return figure
+
+
+def heat_map(
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    scores: dict[str, Sequence[Sequence[float]]],
+) -> Figure:
+    """Draw scores over length and depth, a panel per checkpoint; green is found, red is not.
+
+    Args:
+        lengths: Tokens of the prompts.
+        depths: Percent of the context before the needle; a task without depth has one row.
+        scores: Mean score of each length (outer) and depth, by checkpoint.
+    """
+    width = 1.2 + 0.6 * len(lengths)
+    figure = Figure(figsize=(max(4.0, width) * len(scores), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
+    for axes, (name, values) in zip(panels, scores.items(), strict=True):
+        by_depth = list(zip(*values, strict=True))
+        image = axes.imshow(by_depth, cmap="RdYlGn", vmin=0.0, vmax=1.0, aspect="auto")
+        axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45, ha="right")
+        rows = [f"{depth:g} %" for depth in depths] if len(by_depth) > 1 else ["any"]
+        axes.set_yticks(range(len(by_depth)), rows)
+        axes.set_title(f"{name}: {sum(map(sum, values)) / sum(map(len, values)):.2f}")
+        axes.set_xlabel("tokens of the prompt")
+        figure.colorbar(image, ax=axes, label="mean score")
+    panels[0].set_ylabel("depth of the needle")
+    return figure

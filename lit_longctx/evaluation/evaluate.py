@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,12 @@ from lit_longctx import plots
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import pack
 from lit_longctx.checkpoint import load_pretrained, tokenizer_folder, trained_context
-from lit_longctx.data.tokenizer import check_tokenizer
+from lit_longctx.data.tokenizer import Tokenizer, check_tokenizer, open_tokenizer
 from lit_longctx.data.windows import Windows
+from lit_longctx.evaluation.grid import Grid
 from lit_longctx.evaluation.metrics import LossByPosition
+from lit_longctx.evaluation.probes import task_named
+from lit_longctx.evaluation.prompts import Haystack
 from lit_longctx.model import Llama
 
 
@@ -24,21 +27,24 @@ def evaluate(
     checkpoint: list[str],
     data: list[str],
     output: str,
-    tasks: list[Literal["loss"]] = ["loss"],  # noqa: B006 - never changed
+    tasks: list[str] = ["loss"],  # noqa: B006 - never changed
     window: int = 4096,
     windows: int = 32,
+    grid: Grid = Grid(),
     attn_implementation: AttnImplementation = "sdpa",
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Measure held-out loss by position; of several checkpoints the first is the yardstick.
+    """Measure checkpoints side by side; of several the first is the yardstick.
 
     Args:
         checkpoint: Run folders or Hugging Face folders.
-        data: Prepared folders; their held-out split is read.
-        output: Folder for results.json, the table and the figure.
-        tasks: What to measure.
-        window: Tokens per row, a multiple of 256.
+        data: Prepared folders; their held-out split is read, and needles are hidden in the first's.
+        output: Folder for results.json, tables and figures.
+        tasks: What to measure: `loss` by position; passkey, needle, first_sentence, multi_key,
+            multi_value, multi_query, variable_tracking, common_words, frequent_words.
+        window: Tokens per row of the loss, a multiple of 256.
         windows: Rows per source, spread evenly over the held-out split.
+        grid: Lengths and depths of the other tasks.
         attn_implementation: Attention back end.
         device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
 
@@ -47,31 +53,46 @@ def evaluate(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if tasks != ["loss"]:
-        raise ValueError(f"tasks {tasks} unknown; expected ['loss']")
+    probes = {name: task_named(name) for name in tasks if name != "loss"}
     opened = held_out_windows(data, window)
     trained = trained_context(checkpoint[0])
     losses: dict[str, LossByPosition] = {}
+    scores: dict[str, dict[str, Any]] = {name: {} for name in probes}
     for folder in checkpoint:
         llama = load_pretrained(folder, attn_implementation=attn_implementation).to(device).eval()
+        own = tokenizer_folder(folder)
         for source in opened.values():
-            about = source.manifest["tokenizer"]
-            check_tokenizer(about, llama.config.vocab_size, tokenizer_folder(folder))
-        losses[folder] = held_out_loss(llama, opened, window, windows, progress=counter(folder))
-    result = {
-        "window": window,
-        "trained_context": trained,
-        "edges": next(iter(losses.values())).edges,
-        "loss": {name: metric.by_bucket() for name, metric in losses.items()},
-        "overall": {name: metric.scalars()["val/loss"] for name, metric in losses.items()},
-        "targets": next(iter(losses.values())).compute()[1].sum(0).tolist(),
-    }
-    if len(checkpoint) > 1:
+            check_tokenizer(source.manifest["tokenizer"], llama.config.vocab_size, own)
+        if "loss" in tasks:
+            losses[folder] = held_out_loss(llama, opened, window, windows, progress=counter(folder))
+        if probes and own is None:
+            raise ValueError(f"{folder} has no tokenizer, which {', '.join(probes)} need")
+        for name, task in probes.items():
+            coder = open_tokenizer(str(own))
+            hay = haystack(coder, next(iter(opened.values())), max(grid.lengths))
+            found = grid.scores(llama, coder, task, hay, counter(f"{name} {folder}"))
+            scores[name][folder] = found.tolist()
+    result: dict[str, Any] = {"window": window, "trained_context": trained}
+    if losses:
+        result |= {
+            "edges": next(iter(losses.values())).edges,
+            "loss": {name: metric.by_bucket() for name, metric in losses.items()},
+            "overall": {name: metric.scalars()["val/loss"] for name, metric in losses.items()},
+            "targets": next(iter(losses.values())).compute()[1].sum(0).tolist(),
+        }
+    if len(losses) > 1:
         result["gain"] = gains(list(losses.values()), trained)
+    if probes:
+        result |= {"grid": vars(grid), "probes": scores}
     write(result, Path(output))
-    print(table(result))
-    print(f"wrote {output}/results.json, loss_by_position.md and loss_by_position.png")
+    print("\n\n".join(tables(result).values()))
+    print(f"wrote {output}/results.json, tables and figures")
     return result
+
+
+def haystack(tokenizer: Tokenizer, held_out: Windows, tokens: int) -> Haystack:
+    """Return held-out text, twice as long as the longest prompt, to hide needles in."""
+    return Haystack.of_tokens(tokenizer, held_out.read(0, min(held_out.tokens, 2 * tokens)))
 
 
 def held_out_windows(folders: list[str], window: int) -> dict[str, Windows]:
@@ -161,13 +182,38 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def probe_table(task: str, result: dict[str, Any]) -> str:
+    """Mean score of a task by length as a Markdown table, over all depths."""
+    names = list(result["probes"][task])
+    lines = [f"| {task}: tokens | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for i, length in enumerate(result["grid"]["lengths"]):
+        rows = (result["probes"][task][name][i] for name in names)
+        lines.append(f"| {length:,} | " + " | ".join(f"{np.mean(row):.3f}" for row in rows) + " |")
+    return "\n".join(lines)
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """Return every table by the name of its file."""
+    found = {"loss_by_position": table(result)} if "loss" in result else {}
+    return found | {task: probe_table(task, result) for task in result.get("probes", {})}
+
+
 def write(result: dict[str, Any], folder: Path) -> None:
-    """Write results.json, the table and the figure."""
+    """Write results.json, the tables and the figures."""
     folder.mkdir(parents=True, exist_ok=True)
     # JSON knows no nan, the mean of a place that no document reaches
-    loss = {k: [v if v == v else None for v in values] for k, values in result["loss"].items()}
-    stored = json.dumps({**result, "loss": loss}, indent=1, allow_nan=False)
+    loss = {
+        k: [v if v == v else None for v in values] for k, values in result.get("loss", {}).items()
+    }
+    stored = json.dumps(result | ({"loss": loss} if loss else {}), indent=1, allow_nan=False)
     (folder / "results.json").write_text(stored + "\n")
-    (folder / "loss_by_position.md").write_text(table(result) + "\n")
-    figure = plots.loss_by_position(result["edges"], result["loss"], result["trained_context"])
-    figure.savefig(folder / "loss_by_position.png", dpi=150)
+    for name, text in tables(result).items():
+        (folder / f"{name}.md").write_text(text + "\n")
+    if loss:
+        figure = plots.loss_by_position(result["edges"], result["loss"], result["trained_context"])
+        figure.savefig(folder / "loss_by_position.png", dpi=150)
+    for task, scores in result.get("probes", {}).items():
+        grid = result["grid"]
+        plots.heat_map(grid["lengths"], grid["depths"], scores).savefig(
+            folder / f"{task}.png", dpi=150
+        )

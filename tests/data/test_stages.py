@@ -72,6 +72,8 @@ def test_a_resume_in_any_stage_reads_what_was_left(folder, reference, packing, s
 
 
 def test_workers_may_be_started_in_other_ways_than_by_fork(folder, reference, packing):  # noqa: F811
+    if packing == "concatenate":
+        pytest.skip("starting a process takes seconds; best_fit has all that is to be sent")
     module = attach(data(folder, packing=packing, num_workers=1), step=38, max_steps=STEPS)
     module.trainer.lightning_module.samples_consumed = 12 * 8 + 20 * 8 + 6 * 4
     loader = module.train_dataloader()

@@ -62,6 +62,7 @@ def test_the_papers_curves_lie_in_the_bootstrap_intervals(name):
     assert (high - low < 0.1).all()
 
 
+@pytest.mark.slow
 def test_intervals_cover_as_often_as_they_say():
     """40 repetitions: a 90 % interval of the loss at a held-out length misses rarely."""
     law, hits = PAPER["13B"], 0

@@ -1,0 +1,110 @@
+"""Probes over lengths and depths, and what evaluate writes of them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training import runs
+
+from lit_longctx.data.tokenizer import ByteTokenizer
+from lit_longctx.evaluation import grid as module
+from lit_longctx.evaluation.evaluate import evaluate
+from lit_longctx.evaluation.grid import Grid
+from lit_longctx.evaluation.probes import Forced, task_named
+from lit_longctx.evaluation.prompts import Haystack
+from lit_longctx.model import Llama, LlamaConfig
+from lit_longctx.position import RoPE
+
+CODER = ByteTokenizer()
+
+
+@pytest.fixture
+def llama():
+    model = Llama(LlamaConfig(258, 32, 64, 1, 2), RoPE())
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    return model
+
+
+def test_every_cell_is_the_mean_over_its_own_prompts(llama, monkeypatch):
+    """A stand-in answers what stands in the first half of prompts of 400 tokens."""
+    seen = []
+
+    def knowing(model, samples):
+        (sample,) = samples
+        seen.append(sample)
+        half = sample.places[0].start < len(sample.prompt_ids) / 2
+        return [Forced(half and len(sample.prompt_ids) == 400, np.zeros(1))]
+
+    monkeypatch.setattr(module, "forced", knowing)
+    settings = Grid([400, 600], [0.0, 100.0], samples=3)
+    found = settings.scores(llama, CODER, task_named("passkey"), Haystack(CODER))
+    assert found.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    assert [len(sample.prompt_ids) for sample in seen] == [400] * 6 + [600] * 6
+    assert len({sample.answer for sample in seen[:3]}) > 1
+
+
+def test_the_same_prompts_for_every_model(llama, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        module, "forced", lambda m, s: drawn.append(s[0]) or [Forced(True, np.zeros(1))]
+    )
+    for _ in range(2):
+        Grid([400], [50.0], samples=4).scores(llama, CODER, task_named("passkey"), Haystack(CODER))
+    for one, two in zip(drawn[:4], drawn[4:], strict=True):
+        assert one.prompt_ids.tolist() == two.prompt_ids.tolist()
+
+
+@pytest.mark.parametrize("answers", ["forced", "generated"])
+def test_a_model_that_knows_nothing_finds_nothing(llama, answers):
+    settings = Grid([400], [0.0, 50.0], samples=2, answers=answers)
+    found = settings.scores(llama, CODER, task_named("passkey"), Haystack(CODER))
+    assert found.tolist() == [[0.0, 0.0]]
+
+
+def test_evaluate_writes_probes_beside_the_loss(tmp_path: Path, capsys):
+    run, data = runs.alone().folder, [s["folder"] for s in runs.sources().values()]
+    settings = Grid([300, 512], [0.0, 50.0, 100.0], samples=1)
+    tasks = ["loss", "passkey", "common_words"]
+    result = evaluate([str(run)], data, str(tmp_path), tasks, window=256, grid=settings)
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored["probes"] == result["probes"]
+    assert np.shape(stored["probes"]["passkey"][str(run)]) == (2, 3)
+    assert np.shape(stored["probes"]["common_words"][str(run)]) == (2, 1)
+    assert stored["grid"]["lengths"] == [300, 512]
+    for name in tasks[1:]:
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        table = (tmp_path / f"{name}.md").read_text()
+        assert f"| {name}: tokens |" in table
+        assert table.strip() in capsys.readouterr().out or name != "passkey"
+    assert (tmp_path / "loss_by_position.md").is_file()
+
+
+def test_probes_alone(tmp_path: Path):
+    run, data = runs.alone().folder, [s["folder"] for s in runs.sources().values()]
+    settings = Grid([300], [50.0], samples=1)
+    result = evaluate([str(run)], data, str(tmp_path), ["passkey"], window=256, grid=settings)
+    assert "loss" not in result
+    assert not (tmp_path / "loss_by_position.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "lengths", "message"),
+    [
+        (["losses"], [300], "task 'losses' unknown; expected one of passkey, needle"),
+        (["passkey"], [50], "length 50 is shorter than the prompt"),
+    ],
+)
+def test_impossible_probes_are_refused(tmp_path: Path, tasks, lengths, message):
+    run, data = runs.alone().folder, [s["folder"] for s in runs.sources().values()]
+    settings = Grid(lengths, [50.0], samples=1)
+    with pytest.raises(ValueError, match=message):
+        evaluate([str(run)], data, str(tmp_path / "out"), tasks, window=256, grid=settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_grid_needs_cells():
+    with pytest.raises(ValueError, match="a grid needs lengths, depths and samples"):
+        Grid(lengths=[])
