@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,3 +216,11 @@ def test_start_is_either_a_checkpoint_or_a_config():
         ContinualPretrain()
     with pytest.raises(ValueError, match="either a checkpoint"):
         ContinualPretrain(checkpoint="somewhere", config=CONFIG)
+
+
+def test_the_context_of_another_data_module_is_its_window():
+    """The command line takes any data module; only ours has stages."""
+    module = ContinualPretrain(config=CONFIG)
+    for data, context in ((SimpleNamespace(window=4096), 4096), (SimpleNamespace(), None)):
+        module._trainer = SimpleNamespace(datamodule=data, global_step=3)
+        assert module._longest_window() == context
