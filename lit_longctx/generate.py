@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import NO_TARGET, Batch, one_document
-from lit_longctx.checkpoint import load_pretrained, tokenizer_folder
+from lit_longctx.checkpoint import load_pretrained, resolve, tokenizer_folder
 from lit_longctx.data.tokenizer import Tokenizer, open_tokenizer
-from lit_longctx.model import Cache, Llama
+from lit_longctx.model import Cache, Llama, chosen_device
 
 
 def reading(ids: Int[Tensor, "batch seq"], past: int = 0) -> Batch:
@@ -305,14 +305,13 @@ def generate_text(
         device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
     """
     sampling = Sampling(temperature, top_k, top_p)
-    own = tokenizer or tokenizer_folder(checkpoint)
+    start = resolve(checkpoint)  # once: of a run folder it hashes the newest checkpoint
+    own = tokenizer or tokenizer_folder(start)
     if own is None:
         raise ValueError(f"{checkpoint} has no tokenizer; pass --tokenizer")
     coder = open_tokenizer(str(own))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    llama = load_pretrained(checkpoint, attn_implementation=attn_implementation).eval()
-    llama = llama.to(device, getattr(torch, dtype))
+    llama = load_pretrained(start, attn_implementation=attn_implementation).eval()
+    llama = llama.to(chosen_device(device), getattr(torch, dtype))
     if prompt == "-":
         prompt = sys.stdin.read()
     stops = [stop] if isinstance(stop, str) else stop or []

@@ -365,6 +365,11 @@ class Llama(nn.Module):
         return hidden[:, -(last or 0) :] @ self.head_weight.T
 
 
+def chosen_device(name: str) -> str:
+    """Return a device's name; `auto` is CUDA where there is one, else the CPU."""
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def initial_weight(name: str, shape: torch.Size, num_layers: int, seed: int) -> Tensor:
     """Random weights of one parameter: a function of seed and name, the same on every layout.
 

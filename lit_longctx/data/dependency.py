@@ -19,7 +19,7 @@ from lit_longctx.batch import NO_TARGET, pack
 from lit_longctx.checkpoint import load_pretrained
 from lit_longctx.data.documents import Document
 from lit_longctx.data.tokenizer import Ids
-from lit_longctx.model import Llama
+from lit_longctx.model import Llama, chosen_device
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 EXAMPLES = 8
@@ -220,10 +220,8 @@ class DependencyFilter:
     @cached_property
     def llama(self) -> Llama:
         """The scoring model, loaded when first needed."""
-        cuda = self.device == "auto" and torch.cuda.is_available()
-        device = "cuda" if cuda else "cpu" if self.device == "auto" else self.device
         llama = load_pretrained(self.checkpoint).requires_grad_(False).eval()
-        return llama.to(device, getattr(torch, self.compute_dtype))
+        return llama.to(chosen_device(self.device), getattr(torch, self.compute_dtype))
 
     @property
     def settings(self) -> dict[str, Any]:

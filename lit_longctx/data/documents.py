@@ -7,7 +7,7 @@ run.
 import re
 import sysconfig
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,16 +50,8 @@ class Reader:
     def documents(
         self, inputs: list[str], faults: Faults, part: int = 0, parts: int = 1
     ) -> Iterator[Document]:
-        """Yield the documents of all inputs, in a fixed order.
-
-        Of `parts` shares of the files it reads number `part`; all shares, one after the other, are
-        the whole, with the same names.
-        """
-        units = self.units(inputs)
-        if parts > len(units):
-            raise ValueError(f"{parts} parts are too many for {len(units)} files; use as many")
-        for unit in units[len(units) * part // parts : len(units) * (part + 1) // parts]:
-            yield from unit.read(faults)
+        """Yield the documents of all inputs, or of one share of their files; see `read_share`."""
+        return read_share(self.units(inputs), faults, part, parts)
 
     def units(self, inputs: list[str]) -> list[Unit]:
         """Return what is read one after the other: a file, or all repositories of a `code:`."""
@@ -121,6 +113,17 @@ class Reader:
         else:
             faults.read += 1
             yield Document(text, name)
+
+
+def read_share(units: Sequence[Unit], faults: Faults, part: int, parts: int) -> Iterator[Document]:
+    """Yield the documents of a share of the units, in a fixed order.
+
+    It is number `part` of `parts`; all shares, one after the other, are the whole.
+    """
+    if parts > len(units):
+        raise ValueError(f"{parts} parts are too many for {len(units)} files; use as many")
+    for unit in units[len(units) * part // parts : len(units) * (part + 1) // parts]:
+        yield from unit.read(faults)
 
 
 def whole_text(file: File, largest: int) -> str | Broken:

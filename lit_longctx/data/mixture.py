@@ -63,13 +63,11 @@ class Upsampling:
             raise ValueError(f"shares name {', '.join(unknown)}; sources are {', '.join(lengths)}")
         if self.mode == "global" or (self.mode == "none" and self.tokens is None):
             chosen = self._by_length_alone(lengths)
-            if empty := [name for name, passes in chosen.items() if not sum(map(len, passes))]:
-                raise ValueError(f"source {empty[0]} has no document left; raise keep")
+            _refuse_empty({name: sum(map(len, passes)) for name, passes in chosen.items()})
             return chosen
         kept = {name: self._pass(i, 0, each) for i, (name, each) in enumerate(lengths.items())}
         given = {name: int(lengths[name][documents].sum()) for name, documents in kept.items()}
-        if empty := [name for name, tokens in given.items() if not tokens]:
-            raise ValueError(f"source {empty[0]} has no document left; raise keep")
+        _refuse_empty(given)
         shares = self._shares(lengths)
         total = self.tokens or min(int(given[name] / shares[name]) for name in lengths)
         return {
@@ -116,6 +114,12 @@ class Upsampling:
             name: [parts[i] - (ends[i] - len(each)) for parts in chosen]
             for i, (name, each) in enumerate(lengths.items())
         }
+
+
+def _refuse_empty(left: Mapping[str, int]) -> None:
+    """ValueError if nothing is left of a source."""
+    if empty := [name for name, number in left.items() if not number]:
+        raise ValueError(f"source {empty[0]} has no document left; raise keep")
 
 
 def mix(

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lit_longctx import manifest
-from lit_longctx.checkpoint import read_model, tokenizer_folder
+from lit_longctx.checkpoint import read_model, resolve, tokenizer_folder
 from lit_longctx.data.chunks import BLOCK, SPLITS, SplitWriter
 from lit_longctx.data.dependency import DependencyFilter
-from lit_longctx.data.documents import Document, Faults, Reader
+from lit_longctx.data.documents import Document, Faults, Reader, read_share
 from lit_longctx.data.interleave import Interleave
 from lit_longctx.data.scale import Executor, in_parts
 from lit_longctx.data.tokenizer import (
@@ -95,11 +95,12 @@ def prepare(
     with manifest.whole_folder(Path(output)) as folder:
         about = described(coder)
         if filter:
-            scorer = read_model(filter.checkpoint)[0]
-            check_tokenizer(about, scorer.vocab_size, tokenizer_folder(filter.checkpoint))
+            scorer = resolve(filter.checkpoint)
+            check_tokenizer(about, read_model(scorer)[0].vocab_size, tokenizer_folder(scorer))
         writers = {split: SplitWriter(folder / split, about, chunk_tokens) for split in SPLITS}
         excerpts: list[str] = []
-        documents = sampled(reader.documents(inputs, faults, part, parts), excerpts)
+        units = reader.units(inputs)
+        documents = sampled(read_share(units, faults, part, parts), excerpts)
         pairs = encoded(progress(documents), coder, faults)
         pairs = set_aside(pairs, held_out, writers["held_out"])
         for step in (filter, interleave):
@@ -123,7 +124,7 @@ def prepare(
             "round_trip": round_trip(coder, excerpts),
             "part": [part, parts],
             "settings": {
-                "units": hashed(unit.name for unit in reader.units(inputs)),
+                "units": hashed(unit.name for unit in units),
                 "held_out": held_out,
                 "reader": vars(reader),
                 "filter": filter and filter.settings,

@@ -292,14 +292,14 @@ class Steps(Dataset):
     def __init__(self, data: PretrainData, rank: int, ranks: int, shift: int = 0) -> None:
         self.course, self.bos = data.course, data.tokenizer["bos"]
         self.rank, self.ranks, self.shift = rank, ranks, shift
-        self.numbers = {name: number for number, name in enumerate(data.sources)}
-        self.readers: list[dict[str, Reader]] = []
+        self.readers: list[dict[int, Reader]] = []  # by stage, then by number of the source
+        self.names = list(data.sources)
         self.orders: list[Order | Lanes] = []
         read = dict.fromkeys(data.sources, 0)
         for stage in data.course.stages:
             readers = data.readers(stage)
             order = data.order(readers, stage, read)
-            self.readers.append(readers)
+            self.readers.append({self.names.index(name): r for name, r in readers.items()})
             self.orders.append(order)
             if isinstance(order, Order) and data.staged:
                 drawn = order.drawn(stage.steps * stage.rows)
@@ -309,9 +309,9 @@ class Steps(Dataset):
     def reports(self) -> list[str]:
         """Return what best-fit packing does to each source."""
         return [
-            f"{name}, window {reader.length}: {reader.report()}"
+            f"{self.names[source]}, window {reader.length}: {reader.report()}"
             for readers in self.readers
-            for name, reader in readers.items()
+            for source, reader in readers.items()
             if isinstance(reader, BestFit)
         ]
 
@@ -319,16 +319,15 @@ class Steps(Dataset):
         """Read one step."""
         number = self.course.at(step)
         stage, order = self.course.stages[number], self.orders[number]
-        names = list(self.readers[number])
-        by_number = {self.numbers[name]: r for name, r in self.readers[number].items()}
+        readers, sources = self.readers[number], list(self.readers[number])
         begin = self.course.first_sample(step) + self.shift
         share = stage.rows // self.ranks
         rows = []
         for sample in range(begin + self.rank * share, begin + (self.rank + 1) * share):
             source, window = order(sample - self.course.samples[number])
-            rows.append((self.numbers[names[source]], window, sample))
+            rows.append((sources[source], window, sample))
         size = stage.micro_batch_size
-        parts = [read_batch(by_number, rows[i : i + size], self.bos) for i in range(0, share, size)]
+        parts = [read_batch(readers, rows[i : i + size], self.bos) for i in range(0, share, size)]
         restart = isinstance(order, Lanes) and order.restarts(begin)
         after = begin + stage.rows
         return Step(parts, after, self.course.tokens(after, step), restart)

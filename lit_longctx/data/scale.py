@@ -4,6 +4,7 @@ datatrove runs the parts; `join` makes one folder of them.
 """
 
 import importlib
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -125,9 +126,7 @@ def join(folders: list[Path], output: Path, source: str | None = None) -> dict[s
                 writer.finish()
             _compare(writer, [part["splits"][split] for part in parts])
             writers[split] = writer
-        (target / "tokenizer").mkdir()
-        for file in sorted((folders[0] / "tokenizer").iterdir()):
-            (target / "tokenizer" / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(folders[0] / "tokenizer", target / "tokenizer")
         content = {name: first[name] for name in SAME} | {
             "source": source or output.name,
             "round_trip": min(part["round_trip"] for part in parts),

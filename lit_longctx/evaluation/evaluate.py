@@ -13,14 +13,14 @@ import torch
 from lit_longctx import plots
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import pack
-from lit_longctx.checkpoint import load_pretrained, tokenizer_folder, trained_context
+from lit_longctx.checkpoint import load_pretrained, resolve, tokenizer_folder, trained_context
 from lit_longctx.data.tokenizer import Tokenizer, check_tokenizer, open_tokenizer
 from lit_longctx.data.windows import Windows
 from lit_longctx.evaluation.grid import Grid
 from lit_longctx.evaluation.metrics import LossByPosition
 from lit_longctx.evaluation.probes import task_named
 from lit_longctx.evaluation.prompts import Haystack
-from lit_longctx.model import Llama
+from lit_longctx.model import Llama, chosen_device
 
 
 def evaluate(
@@ -51,25 +51,27 @@ def evaluate(
     Returns:
         What results.json holds.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(device)
     probes = {name: task_named(name) for name in tasks if name != "loss"}
     opened = held_out_windows(data, window)
-    trained = trained_context(checkpoint[0])
+    starts = {folder: resolve(folder) for folder in checkpoint}  # hashes a run's checkpoint: once
+    trained = trained_context(starts[checkpoint[0]])
     losses: dict[str, LossByPosition] = {}
     scores: dict[str, dict[str, Any]] = {name: {} for name in probes}
-    for folder in checkpoint:
-        llama = load_pretrained(folder, attn_implementation=attn_implementation).to(device).eval()
-        own = tokenizer_folder(folder)
+    for folder, start in starts.items():
+        llama = load_pretrained(start, attn_implementation=attn_implementation).to(device).eval()
+        own = tokenizer_folder(start)
         for source in opened.values():
             check_tokenizer(source.manifest["tokenizer"], llama.config.vocab_size, own)
         if "loss" in tasks:
             losses[folder] = held_out_loss(llama, opened, window, windows, progress=counter(folder))
-        if probes and own is None:
+        if not probes:
+            continue
+        if own is None:
             raise ValueError(f"{folder} has no tokenizer, which {', '.join(probes)} need")
+        coder = open_tokenizer(str(own))
+        hay = haystack(coder, next(iter(opened.values())), max(grid.lengths))
         for name, task in probes.items():
-            coder = open_tokenizer(str(own))
-            hay = haystack(coder, next(iter(opened.values())), max(grid.lengths))
             found = grid.scores(llama, coder, task, hay, counter(f"{name} {folder}"))
             scores[name][folder] = found.tolist()
     result: dict[str, Any] = {"window": window, "trained_context": trained}

@@ -123,7 +123,7 @@ class LanguageModule(LightningModule, ABC):
         self._announce(fresh)
 
     def _check_data(self) -> None:
-        data = getattr(self.trainer, "datamodule", None)
+        data = self._data
         tokenizer = getattr(data, "tokenizer", None)
         if self.memory and not getattr(data, "lanes", False):
             raise ValueError("memory needs rows that walk through documents; set data's lanes true")
@@ -192,10 +192,14 @@ class LanguageModule(LightningModule, ABC):
         self._log_step(mean=mean, norm=norm, rate=rate, tokens=step.next_token)
 
     @property
+    def _data(self) -> Any:
+        """The data module, if there is one; any may come, so only ask it for what it may lack."""
+        return getattr(self.trainer, "datamodule", None)
+
+    @property
     def course(self) -> Course:
         """The run's stages, of which the data knows; one without end where it knows of none."""
-        data = getattr(self.trainer, "datamodule", None)
-        return getattr(data, "course", Course([Stage(ENDLESS, 1, 1)]))
+        return getattr(self._data, "course", Course([Stage(ENDLESS, 1, 1)]))
 
     def position_at(self, step: int) -> PositionScheme:
         """Return the position scheme of a step: a stage may have its own theta."""
@@ -256,8 +260,8 @@ class LanguageModule(LightningModule, ABC):
 
     def on_validation_start(self) -> None:
         """Start counting anew."""
-        names = list(getattr(getattr(self.trainer, "datamodule", None), "sources", {"data": None}))
-        window = getattr(getattr(self.trainer, "datamodule", None), "window", 4096)
+        names = list(getattr(self._data, "sources", {"data": None}))
+        window = getattr(self._data, "window", 4096)
         self.held_out_loss = LossByPosition(names, window).to(self.device)
 
     on_test_start = on_validation_start
@@ -288,7 +292,7 @@ class LanguageModule(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the data's whole state, one number, and what the model is."""
         assert self.llama is not None
-        data = getattr(self.trainer, "datamodule", None)
+        data = self._data
         checkpoint["samples_consumed"] = self.samples_consumed
         checkpoint["stages"] = self._begun(self.global_step)
         checkpoint["model_description"] = {
@@ -299,9 +303,8 @@ class LanguageModule(LightningModule, ABC):
 
     def _longest_window(self) -> int | None:
         """Tokens of the longest window that the run has seen, if the data says."""
-        data = getattr(self.trainer, "datamodule", None)
-        if not hasattr(data, "course"):
-            return getattr(data, "window", None)
+        if not hasattr(self._data, "course"):
+            return getattr(self._data, "window", None)
         last = self.course.at(max(0, self.global_step - 1))
         return max(stage.window for stage in self.course.stages[: last + 1])
 
@@ -325,7 +328,7 @@ class LanguageModule(LightningModule, ABC):
 
     def _begun(self, step: int) -> list[dict[str, Any]]:
         """Return what decided the first steps of a run in stages: all of the stages that ended."""
-        if not getattr(getattr(self.trainer, "datamodule", None), "staged", False):
+        if not getattr(self._data, "staged", False):
             return []
         last = self.course.at(max(0, step - 1))
         begun = [asdict(stage) for stage in self.course.stages[: last + 1]]
@@ -337,7 +340,7 @@ class LanguageModule(LightningModule, ABC):
     @property
     def tokenizer_folder(self) -> Path | None:
         """Tokenizer of the data, to be kept with the run."""
-        return getattr(getattr(self.trainer, "datamodule", None), "tokenizer_folder", None)
+        return getattr(self._data, "tokenizer_folder", None)
 
 
 class ContinualPretrain(LanguageModule):
