@@ -5,22 +5,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from schemes import every_scheme
 
 from lit_longctx.batch import pack
 from lit_longctx.generate import reading
 from lit_longctx.model import Cache, Llama, LlamaConfig, initial_weight
-from lit_longctx.position import (
-    DynamicNTK,
-    Llama3,
-    LongRoPE,
-    NTKAware,
-    PositionInterpolation,
-    PositionScheme,
-    RoPE,
-    TransformerXL,
-    XPos,
-    YaRN,
-)
+from lit_longctx.position import PositionScheme, RoPE
 
 transformers = pytest.importorskip("transformers")
 
@@ -72,19 +62,8 @@ def test_logits_equal_transformers(kind):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-FACTORS = {"short_factor": [1.0] * 6, "long_factor": [1.5 + i for i in range(6)]}
-SCHEMES = [
-    RoPE(),
-    PositionInterpolation(factor=4),
-    NTKAware(factor=4),
-    DynamicNTK(factor=2, original_context=10),
-    YaRN(factor=4, original_context=64),
-    Llama3(factor=4, original_context=64),
-    LongRoPE(factor=4, original_context=10, unscaled_tokens=2, **FACTORS),
-    XPos(),
-    TransformerXL(distance_dim=8),
-]
-every_scheme = pytest.mark.parametrize("position", SCHEMES, ids=lambda p: type(p).__name__)
+SCHEMES = every_scheme(12)
+all_schemes = pytest.mark.parametrize("position", SCHEMES, ids=lambda p: type(p).__name__)
 
 
 def windows(rows=2, tokens=60):
@@ -95,7 +74,7 @@ def windows(rows=2, tokens=60):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
-@every_scheme
+@all_schemes
 @torch.no_grad()
 def test_packed_equals_separate_documents(position, attention):
     config = LlamaConfig(**SHAPE, num_key_value_heads=2)
@@ -111,7 +90,7 @@ def test_packed_equals_separate_documents(position, attention):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
-@every_scheme
+@all_schemes
 @torch.no_grad()
 def test_a_changed_token_moves_only_later_places_of_its_own_document(attention, position):
     llama = randomised(Llama(LlamaConfig(**SHAPE), position, attention))
@@ -143,7 +122,7 @@ def test_both_doors_equal_cross_entropy_on_the_logits(tied):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-@every_scheme
+@all_schemes
 @torch.no_grad()
 def test_a_cache_changes_nothing(position):
     llama = tiny(position, num_key_value_heads=2)

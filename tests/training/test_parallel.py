@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from differences import assert_near
 from lightning.pytorch import Callback, LightningModule, Trainer
+from schemes import every_scheme
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
 from training import runs
@@ -22,17 +23,6 @@ from lit_longctx import manifest
 from lit_longctx.batch import Step, pack
 from lit_longctx.checkpoint import load_pretrained, newest_whole
 from lit_longctx.model import Llama, LlamaConfig
-from lit_longctx.position import (
-    DynamicNTK,
-    Llama3,
-    LongRoPE,
-    NTKAware,
-    PositionInterpolation,
-    RoPE,
-    TransformerXL,
-    XPos,
-    YaRN,
-)
 from lit_longctx.training.callbacks import Checkpoints
 from lit_longctx.training.module import ContinualPretrain
 from lit_longctx.training.parallel import apply_sharding
@@ -78,20 +68,6 @@ def test_two_processes_end_with_the_weights_of_one():
         assert (two[name] - weight).abs().max() <= 1e-4 * weight.abs().max(), name
 
 
-FACTORS = {"short_factor": [1.0] * 4, "long_factor": [1.5 + i for i in range(4)]}
-SCHEMES = [
-    RoPE(),
-    PositionInterpolation(factor=4),
-    NTKAware(factor=4),
-    DynamicNTK(factor=2, original_context=10),
-    YaRN(factor=4, original_context=64),
-    Llama3(factor=4, original_context=64),
-    LongRoPE(factor=4, original_context=10, unscaled_tokens=2, **FACTORS),
-    XPos(),
-    TransformerXL(distance_dim=8),
-]
-
-
 def compare_sharded_gradients(rank: int, port: int) -> None:
     """Compare gradients of every scheme, each rank with half the rows, with one process's own."""
     runs.rank_zero_only.rank = rank
@@ -101,7 +77,7 @@ def compare_sharded_gradients(rank: int, port: int) -> None:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(2, CONFIG.vocab_size, (4, 65), generator=generator)
     tokens[:, [0, 20, 41]] = 1
-    for scheme in SCHEMES:
+    for scheme in every_scheme(8):
         plain, sharded = (Llama(CONFIG, scheme) for _ in range(2))
         for weight in plain.parameters():
             torch.nn.init.normal_(weight, std=0.2, generator=generator)
