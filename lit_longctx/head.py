@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -48,6 +48,25 @@ def token_nats(
 
 def _nats(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy((hidden @ weight.T).float(), labels, reduction="none")
+
+
+@torch.no_grad()
+def token_hits(
+    hidden: Float[Tensor, "tokens width"],
+    weight: Float[Tensor, "vocab width"],
+    labels: Int[Tensor, " tokens"],
+) -> tuple[Float[Tensor, " tokens"], Bool[Tensor, " tokens"]]:
+    """Return nats of each token, and whether it is the likeliest; 0 and False without target.
+
+    No gradient: to read answers, not to learn.
+    """
+    nats = hidden.new_zeros(len(labels), dtype=torch.float32)
+    hits = torch.zeros_like(labels, dtype=torch.bool)
+    for chunk in (labels != NO_TARGET).nonzero().flatten().split(rows_at_once(weight)):
+        logits = (hidden[chunk] @ weight.T).float()
+        nats[chunk] = F.cross_entropy(logits, labels[chunk], reduction="none")
+        hits[chunk] = logits.argmax(-1) == labels[chunk]
+    return nats, hits
 
 
 def weighted_loss(

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_longctx.attention import AttentionBackend, AttnImplementation, attention_backend
 from lit_longctx.batch import Batch, Documents, one_document
-from lit_longctx.head import token_nats, weighted_loss
+from lit_longctx.head import token_hits, token_nats, weighted_loss
 from lit_longctx.memory import Memory
 from lit_longctx.position import PositionScheme
 
@@ -353,6 +353,14 @@ class Llama(nn.Module):
         labels, weights = batch.labels.flatten(), batch.loss_weights.flatten()
         loss, nats = weighted_loss(hidden, self.head_weight, labels, weights)
         return loss, nats.view(batch.labels.shape)
+
+    def hits(
+        self, batch: Batch
+    ) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+        """(nats, whether each target is the likeliest token), without gradient."""
+        hidden, labels = self.hidden(batch).flatten(0, 1), batch.labels
+        nats, hits = token_hits(hidden, self.head_weight, labels.flatten())
+        return nats.view(labels.shape), hits.view(labels.shape)
 
     def logits(
         self, batch: Batch, cache: Cache | None = None, last: int | None = None

@@ -54,6 +54,21 @@ def test_without_targets_the_loss_is_zero_with_zero_gradients(problem):
         assert all((g == 0).all() for g in grads)
 
 
+@pytest.mark.parametrize("rows", [7, 10_000])
+def test_hits_are_the_targets_of_largest_logit(problem, rows, monkeypatch):
+    monkeypatch.setattr(head, "rows_at_once", lambda weight: rows)
+    hidden, weight, labels, _ = problem
+    labels[:20] = (hidden[:20] @ weight.T).argmax(-1)
+    nats, hits = head.token_hits(hidden, weight, labels)
+    torch.testing.assert_close(nats, reference(hidden, weight, labels), atol=1e-5, rtol=1e-6)
+    assert hits.tolist() == [
+        int((row @ weight.T).argmax()) == int(label)
+        for row, label in zip(hidden, labels, strict=True)
+    ]
+    assert 20 <= int(hits.sum()) < int((labels >= 0).sum())
+    assert not nats.requires_grad
+
+
 def test_extreme_logits_stay_finite():
     hidden = torch.tensor([[1000.0, 0.0]])
     weight = torch.eye(2)

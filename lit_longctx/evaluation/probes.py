@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 
 from lit_longctx.batch import NO_TARGET, pack
@@ -61,23 +60,21 @@ def forced(llama: Llama, samples: Sequence[Sample]) -> list[Forced]:
     in this order, without a word before it: a model that says the same in other words scores 0.
     Costs no generation; the head sees the answers' places only.
     """
-    device = llama.head_weight.device
     rows = [
         torch.from_numpy(np.concatenate([sample.prompt_ids, sample.answer_ids]))
         for sample in samples
     ]
     windows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-    batch = pack(windows.to(device), bos=int(samples[0].prompt_ids[0]))
+    batch = pack(windows.to(llama.head_weight.device), bos=int(samples[0].prompt_ids[0]))
     places = torch.zeros_like(batch.labels, dtype=torch.bool)
     for row, sample in zip(places, samples, strict=True):
         first = len(sample.prompt_ids) - 1  # the prompt's last token predicts the answer's first
         row[first : first + len(sample.answer_ids)] = True
-    labels = batch.labels[places]
-    assert not (labels == NO_TARGET).any()
-    logits = (llama.hidden(batch)[places] @ llama.head_weight.T).float()
-    nats, right = F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
+    assert not (batch.labels[places] == NO_TARGET).any()
+    answers = batch._replace(labels=batch.labels.masked_fill(~places, NO_TARGET))
+    nats, hits = llama.hits(answers)
     lengths = [len(sample.answer_ids) for sample in samples]
-    pairs = zip(right.split(lengths), nats.split(lengths), strict=True)
+    pairs = zip(hits[places].split(lengths), nats[places].split(lengths), strict=True)
     return [Forced(bool(each.all()), loss.cpu().numpy()) for each, loss in pairs]
 
 

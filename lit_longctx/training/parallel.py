@@ -36,8 +36,8 @@ def apply_sharding(llama: Llama, mesh: DeviceMesh, compute: torch.dtype) -> None
     for block in llama.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(llama, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(llama, "loss")
-    register_fsdp_forward_method(llama, "logits")
+    for door in ("loss", "hits", "logits"):
+        register_fsdp_forward_method(llama, door)
 
 
 def apply_activation_checkpointing(llama: Llama) -> None:
