@@ -11,7 +11,7 @@ venv: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), f'Python 3.11 or newer is needed, this is {sys.version}'"
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[hf,scale,notebooks,dev]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[hf,eval,scale,notebooks,dev]'
 	touch $@
 
 quickstart: venv
@@ -23,7 +23,7 @@ quickstart: venv
 	$(RUN) export --checkpoint runs/quickstart --output exports/quickstart
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: venv
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1200

@@ -1,6 +1,6 @@
 """Figures that notebooks, the command line, reports and the logger share; each returns a Figure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import pi
 from typing import Any
@@ -21,7 +21,7 @@ def _plain(axes: Axes) -> Axes:
 
 
 def loss_by_position(
-    edges: Sequence[int], curves: dict[str, Sequence[float]], trained: int | None = None
+    edges: Sequence[int], curves: Mapping[str, Sequence[float]], trained: int | None = None
 ) -> Figure:
     """Draw mean nats against the tokens that came before, one line per checkpoint.
 
@@ -46,7 +46,7 @@ def loss_by_position(
     return figure
 
 
-def frequencies(curves: dict[str, Sequence[float]], trained: int | None = None) -> Figure:
+def frequencies(curves: Mapping[str, Sequence[float]], trained: int | None = None) -> Figure:
     """Draw every pair's wavelength, 2π over its frequency, one line per position scheme.
 
     Args:
@@ -67,7 +67,7 @@ def frequencies(curves: dict[str, Sequence[float]], trained: int | None = None) 
     return figure
 
 
-def stretch(curves: dict[str, Sequence[float]]) -> Figure:
+def stretch(curves: Mapping[str, Sequence[float]]) -> Figure:
     """Draw how many times slower than RoPE each pair turns, one line per position scheme.
 
     Args:
@@ -85,7 +85,7 @@ def stretch(curves: dict[str, Sequence[float]]) -> Figure:
 
 
 def score_by_distance(
-    distances: Sequence[int], curves: dict[str, Sequence[float]], trained: int | None = None
+    distances: Sequence[int], curves: Mapping[str, Sequence[float]], trained: int | None = None
 ) -> Figure:
     """Draw attention scores against the distance of query and key, a panel per position scheme.
 
@@ -134,10 +134,52 @@ def document_lengths(report: dict[str, Any]) -> Figure:
     return figure
 
 
+def scaling(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    bands: Mapping[str, tuple[Any, ...]],
+) -> Figure:
+    """Draw loss against context with the power law through it, one line per checkpoint.
+
+    Args:
+        points: Contexts in tokens and nats per token at each, by name.
+        bands: Contexts, the law there, and the ends of its interval, by name.
+    """
+    figure, axes = _axes()
+    for name, (context, losses) in points.items():
+        (drawn,) = axes.plot(context, losses, marker="o", linestyle="", label=name)
+        dense, law, low, high = bands[name]
+        axes.plot(dense, law, color=drawn.get_color(), linewidth=1)
+        axes.fill_between(dense, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("tokens of context")
+    axes.set_ylabel("held-out loss (nats per token)")
+    axes.legend(frameon=False)
+    return figure
+
+
+def perplexity(windows: Sequence[int], curves: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw sliding-window perplexity against the window, one line per checkpoint.
+
+    Args:
+        windows: Tokens that are read at a time.
+        curves: Perplexity at each, by name.
+    """
+    figure, axes = _axes()
+    for name, values in curves.items():
+        axes.plot(windows, values, marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(windows), [f"{window:,}" for window in windows])
+    axes.set_xlabel("window (tokens)")
+    axes.set_ylabel("perplexity (per token)")
+    axes.legend(frameon=False)
+    return figure
+
+
 def heat_map(
     lengths: Sequence[int],
     depths: Sequence[float],
-    scores: dict[str, Sequence[Sequence[float]]],
+    scores: Mapping[str, Sequence[Sequence[float]]],
 ) -> Figure:
     """Draw scores over length and depth, a panel per checkpoint; green is found, red is not.
 

@@ -360,7 +360,10 @@ def test_a_run_repeats_from_the_config_it_left(tmp_path: Path):
 def test_metrics_have_the_contracts_names():
     tags = runs.scalars(runs.alone().folder)
     every_step = {f"train/{name}" for name in ("loss", "grad_norm", "lr", "tokens")}
-    held_out = {"val/loss", "val/ppl", "val/loss_pos/0-128", "val/loss_pos/128-256"}
+    buckets = {
+        f"val/loss_{kind}/{edges}" for kind in ("pos", "len") for edges in ("0-128", "128-256")
+    }
+    held_out = {"val/loss", "val/ppl", "val/loss_len/256", *buckets}
     by_source = {"val/loss_source/prose", "val/loss_source/code"}
     speed = {"perf/tokens_per_s_per_gpu", "perf/data_wait_pct"}
     assert set(tags) == every_step | held_out | by_source | speed | {"epoch"}

@@ -1,26 +1,33 @@
-"""`lit_longctx evaluate`: the same held-out tokens for every checkpoint, side by side."""
+"""`lit_longctx evaluate`: the same tokens and prompts for every checkpoint, side by side."""
 
 import json
-import sys
-from collections.abc import Callable
-from itertools import pairwise
+from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
+from tqdm import tqdm
 
-from lit_longctx import plots
+import lit_longctx
 from lit_longctx.attention import AttnImplementation
-from lit_longctx.batch import pack
-from lit_longctx.checkpoint import load_pretrained, resolve, tokenizer_folder, trained_context
-from lit_longctx.data.tokenizer import Tokenizer, check_tokenizer, open_tokenizer
+from lit_longctx.checkpoint import (
+    load_pretrained,
+    read_model,
+    resolve,
+    tokenizer_folder,
+    trained_context,
+)
+from lit_longctx.data.chunks import BLOCK
+from lit_longctx.data.tokenizer import check_tokenizer, open_tokenizer
 from lit_longctx.data.windows import Windows
-from lit_longctx.evaluation.grid import Grid
-from lit_longctx.evaluation.metrics import LossByPosition
-from lit_longctx.evaluation.probes import task_named
+from lit_longctx.evaluation.grid import Grid, Probe
+from lit_longctx.evaluation.held_out import HeldOutLoss
+from lit_longctx.evaluation.measure import Measure, Section
+from lit_longctx.evaluation.measurements import Measurements, identity
 from lit_longctx.evaluation.prompts import Haystack
-from lit_longctx.model import Llama, chosen_device
+from lit_longctx.evaluation.sliding import Slide, SlidingPerplexity
+from lit_longctx.manifest import write_text
+from lit_longctx.model import chosen_device
 
 
 def evaluate(
@@ -30,71 +37,89 @@ def evaluate(
     tasks: list[str] = ["loss"],  # noqa: B006 - never changed
     window: int = 4096,
     windows: int = 32,
+    sliding: Slide = Slide(),
     grid: Grid = Grid(),
     attn_implementation: AttnImplementation = "sdpa",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
 ) -> dict[str, Any]:
     """Measure checkpoints side by side; of several the first is the yardstick.
+
+    Every value is kept as soon as it is known, in OUTPUT/measurements.jsonl: started again, with
+    more checkpoints or tasks too, this goes on with what is missing.
 
     Args:
         checkpoint: Run folders or Hugging Face folders.
         data: Prepared folders; their held-out split is read, and needles are hidden in the first's.
         output: Folder for results.json, tables and figures.
-        tasks: What to measure: `loss` by position; passkey, needle, first_sentence, multi_key,
-            multi_value, multi_query, variable_tracking, common_words, frequent_words.
+        tasks: What to measure: `loss` by position, source and document length; `perplexity` in
+            sliding windows; or probes: passkey, needle, first_sentence, multi_key, multi_value,
+            multi_query, variable_tracking, common_words, frequent_words.
         window: Tokens per row of the loss, a multiple of 256.
         windows: Rows per source, spread evenly over the held-out split.
-        grid: Lengths and depths of the other tasks.
+        sliding: Windows and documents of `perplexity`.
+        grid: Lengths and depths of the probes.
         attn_implementation: Attention back end.
+        dtype: Of weights, keys and values.
         device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
 
     Returns:
         What results.json holds.
     """
     device = chosen_device(device)
-    probes = {name: task_named(name) for name in tasks if name != "loss"}
-    opened = held_out_windows(data, window)
+    opened = held_out_windows(data, window if "loss" in tasks else BLOCK)
+    measures = {name: measure_named(name, opened, windows, sliding, grid) for name in tasks}
     starts = {folder: resolve(folder) for folder in checkpoint}  # hashes a run's checkpoint: once
-    trained = trained_context(starts[checkpoint[0]])
-    losses: dict[str, LossByPosition] = {}
-    scores: dict[str, dict[str, Any]] = {name: {} for name in probes}
+    for start in starts.values():
+        check_vocabulary(start, opened)
+    units = [(name, unit) for name, each in measures.items() for unit in each.units()]
+    held = Measurements(Path(output))
+    values: dict[str, dict[str, list[Any]]] = {name: {} for name in measures}
     for folder, start in starts.items():
-        llama = load_pretrained(start, attn_implementation=attn_implementation).to(device).eval()
-        own = tokenizer_folder(start)
-        for source in opened.values():
-            check_tokenizer(source.manifest["tokenizer"], llama.config.vocab_size, own)
-        if "loss" in tasks:
-            losses[folder] = held_out_loss(llama, opened, window, windows, progress=counter(folder))
-        if not probes:
-            continue
-        if own is None:
-            raise ValueError(f"{folder} has no tokenizer, which {', '.join(probes)} need")
-        coder = open_tokenizer(str(own))
-        hay = haystack(coder, next(iter(opened.values())), max(grid.lengths))
-        for name, task in probes.items():
-            found = grid.scores(llama, coder, task, hay, counter(f"{name} {folder}"))
-            scores[name][folder] = found.tolist()
-    result: dict[str, Any] = {"window": window, "trained_context": trained}
-    if losses:
-        result |= {
-            "edges": next(iter(losses.values())).edges,
-            "loss": {name: metric.by_bucket() for name, metric in losses.items()},
-            "overall": {name: metric.scalars()["val/loss"] for name, metric in losses.items()},
-            "targets": next(iter(losses.values())).compute()[1].sum(0).tolist(),
+        known = {
+            "version": lit_longctx.__version__,
+            "checkpoint": folder,
+            "holds": identity(start),
+            "attn_implementation": attn_implementation,
+            "dtype": dtype,
+            "device": device,
         }
-    if len(losses) > 1:
-        result["gain"] = gains(list(losses.values()), trained)
-    if probes:
-        result |= {"grid": vars(grid), "probes": scores}
-    write(result, Path(output))
-    print("\n\n".join(tables(result).values()))
+        asked = [({**known, "task": name, **unit}, name, unit) for name, unit in units]
+        missing = [each for each in asked if each[0] not in held]
+        if len(missing) < len(asked):
+            print(
+                f"{folder}: {len(asked) - len(missing)} of {len(asked)} values are in {held.path}"
+            )
+        if missing:
+            llama = load_pretrained(start, attn_implementation=attn_implementation)
+            llama = llama.to(device, getattr(torch, dtype)).eval()
+            for of, name, unit in tqdm(missing, desc=folder, disable=None):
+                held.add(of, measures[name].measure(llama, unit))
+        for of, name, _ in asked:
+            values[name].setdefault(folder, []).append(held[of])
+    trained = trained_context(starts[checkpoint[0]])
+    sections = [each.report(values[name], trained) for name, each in measures.items()]
+    result = write(sections, {"trained_context": trained}, Path(output))
+    print("\n\n".join(table for section in sections for table in section.tables.values()))
     print(f"wrote {output}/results.json, tables and figures")
     return result
 
 
-def haystack(tokenizer: Tokenizer, held_out: Windows, tokens: int) -> Haystack:
+def measure_named(
+    name: str, sources: dict[str, Windows], windows: int, sliding: Slide, grid: Grid
+) -> Measure:
+    """Return what a task's name stands for."""
+    if name == "loss":
+        return HeldOutLoss(sources, windows)
+    if name == "perplexity":
+        return SlidingPerplexity(sources, sliding)
+    return Probe(name, grid, haystack(next(iter(sources.values())), max(grid.lengths)))
+
+
+def haystack(held_out: Windows, tokens: int) -> Haystack:
     """Return held-out text, twice as long as the longest prompt, to hide needles in."""
-    return Haystack.of_tokens(tokenizer, held_out.read(0, min(held_out.tokens, 2 * tokens)))
+    coder = open_tokenizer(str(held_out.tokenizer_folder))
+    return Haystack.of_tokens(coder, held_out.read(0, min(held_out.tokens, 2 * tokens)))
 
 
 def held_out_windows(folders: list[str], window: int) -> dict[str, Windows]:
@@ -114,108 +139,33 @@ def held_out_windows(folders: list[str], window: int) -> dict[str, Windows]:
     return opened
 
 
-@torch.inference_mode()
-def held_out_loss(
-    llama: Llama,
-    sources: dict[str, Windows],
-    window: int,
-    windows: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> LossByPosition:
-    """Return the loss of a model on evenly spread held-out windows, one row at a time."""
-    metric = LossByPosition(list(sources), window)
-    device = llama.head_weight.device
-    chosen = [
-        (number, source, int(place))
-        for number, source in enumerate(sources.values())
-        for place in np.linspace(0, len(source) - 1, min(windows, len(source))).round()
-    ]
-    for done, (number, source, place) in enumerate(chosen, 1):
-        tokens = torch.from_numpy(source[place])[None].to(device)
-        batch = pack(tokens, source.manifest["tokenizer"]["bos"], sources=torch.tensor([number]))
-        metric.to(device).update(llama(batch), batch._replace(sources=batch.sources.to(device)))
-        if progress:
-            progress(done, len(chosen))
-    return metric
+def check_vocabulary(start: Path, sources: dict[str, Windows]) -> None:
+    """Refuse data whose tokens are not the checkpoint's, before anything is measured."""
+    config, own = read_model(start)[0], tokenizer_folder(start)
+    for source in sources.values():
+        check_tokenizer(source.manifest["tokenizer"], config.vocab_size, own)
 
 
-def counter(name: str) -> Callable[[int, int], None]:
-    """Return a progress report that rewrites its line on a terminal and is silent elsewhere."""
-
-    def report(done: int, of: int) -> None:
-        if sys.stderr.isatty():
-            end = "\n" if done == of else ""
-            print(f"\revaluate {name}: {done}/{of}", end=end, file=sys.stderr, flush=True)
-
-    return report
-
-
-def gains(losses: list[LossByPosition], trained: int) -> dict[str, float]:
-    """Mean nats that the last checkpoint saves, inside and beyond `trained` tokens."""
-    found = {}
-    edges = losses[0].edges
-    inside = torch.tensor([high <= trained for high in edges[1:]])
-    counted = [losses[0].compute(), losses[-1].compute()]
-    for name, part in (("inside", inside), ("beyond", ~inside)):
-        sums = [(nats.sum(0)[part].sum(), n.sum(0)[part].sum()) for nats, n in counted]
-        if all(n for _, n in sums):
-            first, last = (float(nats / n) for nats, n in sums)
-            found[name] = first - last
-    return found
-
-
-def table(result: dict[str, Any]) -> str:
-    """Loss by position as a Markdown table."""
-    names = list(result["loss"])
-    lines = [
-        "| tokens before | targets | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 2) + "|",
-    ]
-    edges = result["edges"]
-    for i, (low, high) in enumerate(pairwise(edges)):
-        cells = " | ".join(f"{result['loss'][name][i]:.4f}" for name in names)
-        lines.append(f"| {low:,}–{high:,} | {result['targets'][i]:,.0f} | {cells} |")
-    cells = " | ".join(f"{result['overall'][name]:.4f}" for name in names)
-    lines.append(f"| all | {sum(result['targets']):,.0f} | {cells} |")
-    if "gain" in result:
-        gain, trained = result["gain"], result["trained_context"]
-        parts = ", ".join(f"{part} {nats:+.4f} nats" for part, nats in gain.items())
-        lines += ["", f"gain over {trained:,} trained tokens: {parts}"]
-    return "\n".join(lines)
-
-
-def probe_table(task: str, result: dict[str, Any]) -> str:
-    """Mean score of a task by length as a Markdown table, over all depths."""
-    names = list(result["probes"][task])
-    lines = [f"| {task}: tokens | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for i, length in enumerate(result["grid"]["lengths"]):
-        rows = (result["probes"][task][name][i] for name in names)
-        lines.append(f"| {length:,} | " + " | ".join(f"{np.mean(row):.3f}" for row in rows) + " |")
-    return "\n".join(lines)
-
-
-def tables(result: dict[str, Any]) -> dict[str, str]:
-    """Return every table by the name of its file."""
-    found = {"loss_by_position": table(result)} if "loss" in result else {}
-    return found | {task: probe_table(task, result) for task in result.get("probes", {})}
-
-
-def write(result: dict[str, Any], folder: Path) -> None:
-    """Write results.json, the tables and the figures."""
+def write(sections: list[Section], result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write results.json, the tables and the figures; return what results.json holds."""
     folder.mkdir(parents=True, exist_ok=True)
-    # JSON knows no nan, the mean of a place that no document reaches
-    loss = {
-        k: [v if v == v else None for v in values] for k, values in result.get("loss", {}).items()
-    }
-    stored = json.dumps(result | ({"loss": loss} if loss else {}), indent=1, allow_nan=False)
-    (folder / "results.json").write_text(stored + "\n")
-    for name, text in tables(result).items():
-        (folder / f"{name}.md").write_text(text + "\n")
-    if loss:
-        figure = plots.loss_by_position(result["edges"], result["loss"], result["trained_context"])
-        figure.savefig(folder / "loss_by_position.png", dpi=150)
-    for task, scores in result.get("probes", {}).items():
-        grid = result["grid"]
-        plots.heat_map(grid["lengths"], grid["depths"], scores).savefig(
-            folder / f"{task}.png", dpi=150
-        )
+    for section in sections:
+        for key, value in section.results.items():  # of several probes, an entry for each
+            result[key] = {**result[key], **value} if key in result else value
+        for name, text in section.tables.items():
+            (folder / f"{name}.md").write_text(text + "\n")
+        for name, figure in section.figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=150)
+    result = without_nan(result)
+    stored = json.dumps(result, indent=1, allow_nan=False)
+    write_text(folder / "results.json", stored + "\n")
+    return result
+
+
+def without_nan(value: Any) -> Any:
+    """Return what JSON can hold: it knows no nan, the mean of a place that no document reaches."""
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and isnan(value) else value

@@ -1,17 +1,18 @@
 """Probes over lengths and depths: which cells of the heat map a checkpoint answers."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
-from lit_longctx.data.tokenizer import Tokenizer
-from lit_longctx.evaluation.probes import forced, generated
+from lit_longctx import plots
+from lit_longctx.evaluation.intervals import Sums
+from lit_longctx.evaluation.measure import Comparison, Measure, Section, Unit, digest
+from lit_longctx.evaluation.probes import forced, generated, task_named
 from lit_longctx.evaluation.prompts import Haystack
-from lit_longctx.evaluation.tasks import Task
 from lit_longctx.model import Llama
 
 
@@ -35,39 +36,66 @@ class Grid:
         if not (self.lengths and self.depths and self.samples > 0 and min(self.lengths) > 0):
             raise ValueError("a grid needs lengths, depths and samples of 1 or more")
 
-    def scores(
-        self,
-        llama: Llama,
-        tokenizer: Tokenizer,
-        task: Task,
-        hay: Haystack,
-        progress: Callable[[int, int], None] = lambda done, of: None,
-    ) -> Float[np.ndarray, "lengths depths"]:
-        """Return the mean score of every cell; a task without depth has one column."""
-        depths = self.depths if task.uses_depth else [50.0]
-        found = np.zeros((len(self.lengths), len(depths)))
-        for i, length in enumerate(self.lengths):
-            for j, depth in enumerate(depths):
-                found[i, j] = self._cell(llama, tokenizer, task, hay, length, depth)
-                progress(i * len(depths) + j + 1, found.size)
-        return found
+
+class Probe(Measure):
+    """A task in every cell of a grid; one prompt is one unit: memory is that of one prompt.
+
+    Args:
+        name: Of the task.
+        grid: Lengths, depths and samples.
+        hay: Text that needles are hidden in, with the tokenizer.
+    """
+
+    def __init__(self, name: str, grid: Grid, hay: Haystack) -> None:
+        self.name = name
+        self.task = task_named(name)
+        self.grid = grid
+        self.hay = hay
+        self.depths = grid.depths if self.task.uses_depth else [50.0]
+
+    def units(self) -> list[Unit]:
+        """Return a unit for each length, depth and sample, in this order."""
+        for length in self.grid.lengths:
+            self.task.sample(self.hay, length, self.depths[0], self.grid.seed)  # if it has room
+        settings = {**vars(self.task), "answers": self.grid.answers}
+        hay = digest([self.hay.text, self.hay.tokenizer.fingerprint])
+        return [
+            {"length": length, "depth": float(depth), "seed": seed, "hay": hay, **settings}
+            for length in self.grid.lengths
+            for depth in self.depths
+            for seed in range(self.grid.seed, self.grid.seed + self.grid.samples)
+        ]
 
     @torch.inference_mode()
-    def _cell(
-        self,
-        llama: Llama,
-        tokenizer: Tokenizer,
-        task: Task,
-        hay: Haystack,
-        length: int,
-        depth: float,
-    ) -> float:
-        """Mean score of the prompts of one cell, one at a time: memory is that of one prompt."""
-        scores = []
-        for number in range(self.samples):
-            sample = task.sample(hay, length, depth, self.seed + number)
-            if self.answers == "forced":
-                scores.append(float(forced(llama, [sample])[0].exact))
-            else:
-                scores.append(task.score(sample, generated(llama, tokenizer, task, [sample])[0]))
-        return float(np.mean(scores))
+    def measure(self, llama: Llama, unit: Unit) -> float:
+        """Return the score of one prompt."""
+        sample = self.task.sample(self.hay, unit["length"], unit["depth"], unit["seed"])
+        if self.grid.answers == "forced":
+            return float(forced(llama, [sample])[0].exact)
+        answer = generated(llama, self.hay.tokenizer, self.task, [sample])[0]
+        return self.task.score(sample, answer)
+
+    def cells(self, scores: Sequence[float]) -> Float[np.ndarray, "lengths depths"]:
+        """Mean scores, given those of `units`."""
+        shape = (len(self.grid.lengths), len(self.depths), self.grid.samples)
+        return np.asarray(scores).reshape(shape).mean(-1)
+
+    def report(self, values: dict[str, list[Any]], trained: int) -> Section:
+        """Return the heat map, and mean scores by length."""
+        cells = {name: self.cells(scores).tolist() for name, scores in values.items()}
+        compared = Comparison({name: self._by_length(scores) for name, scores in values.items()})
+        lengths = [f"{length:,}" for length in self.grid.lengths]
+        results = {
+            "grid": asdict(self.grid),
+            "probes": {self.name: cells},
+            "probe_difference": {self.name: compared.differences},
+        }
+        table = compared.table(f"{self.name}: tokens", "prompts", lengths, digits=3)
+        figure = plots.heat_map(self.grid.lengths, self.grid.depths, cells)
+        return Section(results, {self.name: table}, {self.name: figure})
+
+    def _by_length(self, scores: Sequence[float]) -> Sums:
+        """Lay out the scores: [prompt, length]."""
+        lengths = len(self.grid.lengths)
+        which = np.repeat(np.eye(lengths), len(scores) // lengths, axis=0)
+        return Sums(np.asarray(scores)[:, None] * which, which)

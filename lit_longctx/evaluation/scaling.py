@@ -5,7 +5,7 @@ count less (Huber's loss); intervals come from drawing measurements anew (bootst
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -42,6 +42,11 @@ class Fitted(NamedTuple):
     """Upper ends."""
     draws: list[PowerLaw]
     """The law of every draw: for intervals of anything that follows from it."""
+
+    @property
+    def identified(self) -> bool:
+        """Whether the interval of β stays within the exponents that were tried."""
+        return BETAS[0] < self.low.beta and self.high.beta < BETAS[-1]
 
     def interval(
         self, context: Sequence[float], share: float = 0.95
@@ -133,3 +138,43 @@ def fit_scaling(
     low, high = np.quantile(np.array(drawn), [(1 - share) / 2, (1 + share) / 2], axis=0)
     law = fit_power_law(context, np.nanmean(losses, axis=0))
     return Fitted(law, PowerLaw(*low.tolist()), PowerLaw(*high.tolist()), drawn)
+
+
+class Extrapolation(NamedTuple):
+    """A law fitted to all lengths, and what one without the longest says of it."""
+
+    context: list[float]
+    losses: list[float]
+    """Mean nats at each length."""
+    fitted: Fitted
+    predicted: tuple[float, float, float]
+    """Loss at the longest length by the law without it, with its interval."""
+
+    def band(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Lengths close to each other, up to twice the longest; the law there and its interval."""
+        dense = np.geomspace(self.context[0], 2 * self.context[-1], 50)
+        return (dense, self.fitted.law(dense), *self.fitted.interval(dense.tolist()))
+
+    def results(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        law, low, high = (found._asdict() for found in self.fitted[:3])
+        parts = {"law": law, "low": low, "high": high}
+        return parts | {key: self._asdict()[key] for key in ("context", "losses", "predicted")}
+
+
+def extrapolate(
+    context: Sequence[float],
+    losses: Float[np.ndarray, "samples lengths"],
+    draws: int = 200,
+    seed: int = 0,
+) -> Extrapolation:
+    """Fit a law as `fit_scaling` does, once to all of four lengths or more, once without the last.
+
+    A law that holds predicts what it has not seen: the fit without the longest says whether.
+    """
+    part = fit_scaling(context[:-1], losses[:, :-1], draws, seed=seed)
+    low, high = part.interval(context[-1:])
+    predicted = (float(part.law(context[-1:])[0]), float(low[0]), float(high[0]))
+    means = np.nanmean(losses, axis=0).tolist()
+    whole = fit_scaling(context, losses, draws, seed=seed)
+    return Extrapolation(list(context), means, whole, predicted)

@@ -1,7 +1,6 @@
 """The table of `evaluate` against a loop over the held-out tokens, read without our own reader."""
 
 import json
-import math
 import shutil
 import struct
 from itertools import pairwise
@@ -16,6 +15,8 @@ from training import runs
 
 from lit_longctx.checkpoint import export_pretrained
 from lit_longctx.evaluation.evaluate import evaluate
+from lit_longctx.evaluation.held_out import HeldOutLoss
+from lit_longctx.evaluation.sliding import Slide
 from lit_longctx.generate import reading
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
@@ -79,8 +80,8 @@ def held_out_tokens(folder: str) -> Tensor:
 
 
 @torch.no_grad()
-def nats_by_place(llama: Llama, folder: str) -> list[tuple[int, float]]:
-    """(place, nats) of every target in evenly spread windows, a document at a time."""
+def nats_by_place(llama: Llama, folder: str) -> list[tuple[int, float, int]]:
+    """(place, nats, document's length) of every target in evenly spread windows."""
     stream = held_out_tokens(folder)
     last = (len(stream) - 1) // WINDOW - 1
     found = []
@@ -93,7 +94,7 @@ def nats_by_place(llama: Llama, folder: str) -> list[tuple[int, float]]:
             nats = -llama.logits(reading(document[None, :-1]))[0].log_softmax(-1)
             for place, token in enumerate(document[1:].tolist()):
                 if token != 256:
-                    found.append((place, float(nats[place, token])))
+                    found.append((place, float(nats[place, token]), end - start))
     return found
 
 
@@ -107,18 +108,29 @@ def test_numbers_are_those_of_a_loop_over_the_held_out_tokens(
     for name, llama in models.items():
         tokens = [pair for folder in data for pair in nats_by_place(llama, folder)]
         buckets = [
-            [nats for place, nats in tokens if low <= place < high] for low, high in pairwise(EDGES)
+            [nats for place, nats, _ in tokens if low <= place < high]
+            for low, high in pairwise(EDGES)
         ]
         assert found["targets"] == [len(bucket) for bucket in buckets]
         means[name] = [sum(bucket) / len(bucket) for bucket in buckets]
         assert found["loss"][name] == pytest.approx(means[name], rel=1e-5)
-        mean = sum(nats for _, nats in tokens) / len(tokens)
+        mean = sum(nats for _, nats, _ in tokens) / len(tokens)
         assert found["overall"][name] == pytest.approx(mean, rel=1e-5)
+        for source, folder in zip(("short", "long"), data, strict=True):
+            of = [nats for place, nats, _ in nats_by_place(llama, folder) if place >= 256]
+            value = found["loss_by_source"][name][source][2]
+            assert value == pytest.approx(sum(of) / len(of), rel=1e-5)
+        for number, (low, high) in enumerate(pairwise([*EDGES, 10_000])):
+            of = [n for place, n, size in tokens if low <= size < high and place < 128]
+            value = found["loss_by_length"][name][number][0]
+            assert value == pytest.approx(sum(of) / len(of), rel=1e-5)
     before, after = (means[name] for name in models)
     number = found["targets"]
     inside = sum((b - a) * n for b, a, n in zip(before[:2], after[:2], number[:2], strict=True))
-    assert found["gain"]["inside"] == pytest.approx(inside / sum(number[:2]), abs=1e-5)
-    assert found["gain"]["beyond"] == pytest.approx(before[2] - after[2], abs=1e-5)
+    ((_, gain),) = found["gain"].items()
+    assert gain["inside"][0] == pytest.approx(inside / sum(number[:2]), abs=1e-5)
+    assert gain["beyond"][0] == pytest.approx(before[2] - after[2], abs=1e-5)
+    assert gain["beyond"][1] <= gain["beyond"][0] <= gain["beyond"][2]
 
 
 def test_files_hold_what_was_returned(result: tuple[dict[str, Any], Path]):
@@ -149,7 +161,7 @@ def test_places_that_no_document_reaches_are_null_in_the_file(
     short, _ = data
     name = next(iter(models))
     found = evaluate([name], [short], str(tmp_path), window=1024, windows=2, device="cpu")
-    assert math.isnan(found["loss"][name][-1])
+    assert found["loss"][name][-1] is None
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
@@ -167,7 +179,7 @@ def test_where_nothing_lies_beyond_the_trained_length_no_gain_is_told(
     data = runs.prepare(tmp_path / "brief", texts)
     output = tmp_path / "evaluation"
     found = evaluate(list(models), [str(data)], str(output), window=window, windows=2, device="cpu")
-    assert list(found["gain"]) == ["inside"]
+    assert [list(parts) for parts in found["gain"].values()] == [["inside"]]
     assert "beyond" not in (output / "loss_by_position.md").read_text()
 
 
@@ -191,3 +203,85 @@ def test_a_split_shorter_than_the_window_is_refused(models: dict[str, Llama], tm
     tiny = runs.prepare(tmp_path / "tiny", runs.documents(seed=9, number=8), held_out=0.5)
     with pytest.raises(ValueError, match="held-out split of tiny is shorter than a window of 4096"):
         evaluate(list(models), [str(tiny)], str(tmp_path / "out"), window=4096)
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(
+    result: tuple[dict[str, Any], Path],
+    models: dict[str, Llama],
+    data: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Stopped in the middle of the second checkpoint, its last line torn."""
+    asked = []
+    real = HeldOutLoss.measure
+
+    def measure(self: HeldOutLoss, llama: Llama, unit: dict[str, Any]) -> Any:
+        if len(asked) == 11:
+            raise KeyboardInterrupt
+        asked.append((llama.position, unit["source"], unit["at"]))
+        return real(self, llama, unit)
+
+    monkeypatch.setattr(HeldOutLoss, "measure", measure)
+    both = {"window": WINDOW, "windows": WINDOWS, "device": "cpu"}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(list(models), data, str(tmp_path), **both)
+    assert not (tmp_path / "results.json").exists()
+    kept = tmp_path / "measurements.jsonl"
+    kept.write_bytes(kept.read_bytes()[:-20])
+    before, asked[:] = asked[:10], []
+    assert evaluate(list(models), data, str(tmp_path), **both) == result[0]
+    assert len(before) + len(asked) == len(set(before + asked)) == 4 * WINDOWS
+
+
+def test_what_is_known_is_not_measured_again_but_what_has_changed_is(
+    models: dict[str, Llama], data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = str(tmp_path / "changing")
+    both = {"window": WINDOW, "windows": WINDOWS, "device": "cpu"}
+    first, second = models.values()
+
+    def measured() -> float:
+        found = evaluate([folder], data, str(tmp_path / "out"), **both)
+        return found["overall"][folder]
+
+    export_pretrained(first, folder)
+    before = measured()
+    assert "values are in" not in capsys.readouterr().out
+    assert measured() == before
+    assert "8 of 8 values are in" in capsys.readouterr().out
+    shutil.rmtree(folder)
+    export_pretrained(second, folder)
+    assert measured() != before
+    assert "values are in" not in capsys.readouterr().out
+
+
+def test_an_altered_line_is_named(models: dict[str, Llama], data: list[str], tmp_path: Path):
+    (tmp_path / "measurements.jsonl").write_text('{"of": {}, "value": 1}\n{"of": 3\n')
+    with pytest.raises(ValueError, match=r"measurements.jsonl is altered: line 2 is no"):
+        evaluate(list(models), data, str(tmp_path), window=WINDOW)
+
+
+def test_sliding_perplexity_of_whole_documents(
+    models: dict[str, Llama], data: list[str], tmp_path: Path
+):
+    """Against a loop that reads each target with the tokens its window holds."""
+    folder, llama = next(iter(models.items()))
+    how = Slide([256, 512], 128, documents=2, tokens=512)
+    found = evaluate([folder], data[1:], str(tmp_path), ["perplexity"], sliding=how, device="cpu")
+    stream = held_out_tokens(data[1])
+    begins = (stream == 256).nonzero().flatten().tolist()
+    ends = (stream == 257).nonzero().flatten().tolist()
+    long = [begin for begin, end in zip(begins, ends, strict=False) if end - begin >= 511]
+    nats = []
+    for document in (stream[begin : begin + 512] for begin in (long[0], long[-1])):
+        for t in range(1, 512):
+            first = 0 if t < 256 else (t - 256) // 128 * 128 + 128
+            logits = llama.logits(reading(document[None, first:t]))[0, -1]
+            nats.append(-float(logits.log_softmax(-1)[document[t]]))
+    value = found["perplexity"][folder]["long"]["256"]
+    assert value["token"] == pytest.approx(np.exp(np.mean(nats)), rel=1e-5)
+    assert value["bits_per_byte"] == pytest.approx(np.mean(nats) / np.log(2), rel=2e-3)
+    assert (tmp_path / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"no held-out document of short has 4096 tokens; .* has"):
+        evaluate([folder], data[:1], str(tmp_path), ["perplexity"], device="cpu")

@@ -11,8 +11,8 @@ from training import runs
 from lit_longctx.data.tokenizer import ByteTokenizer
 from lit_longctx.evaluation import grid as module
 from lit_longctx.evaluation.evaluate import evaluate
-from lit_longctx.evaluation.grid import Grid
-from lit_longctx.evaluation.probes import Forced, task_named
+from lit_longctx.evaluation.grid import Grid, Probe
+from lit_longctx.evaluation.probes import Forced
 from lit_longctx.evaluation.prompts import Haystack
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
@@ -28,6 +28,10 @@ def llama():
     return model
 
 
+def scores(probe, llama):
+    return [probe.measure(llama, unit) for unit in probe.units()]
+
+
 def test_every_cell_is_the_mean_over_its_own_prompts(llama, monkeypatch):
     """A stand-in answers what stands in the first half of prompts of 400 tokens."""
     seen = []
@@ -39,9 +43,8 @@ def test_every_cell_is_the_mean_over_its_own_prompts(llama, monkeypatch):
         return [Forced(half and len(sample.prompt_ids) == 400, np.zeros(1))]
 
     monkeypatch.setattr(module, "forced", knowing)
-    settings = Grid([400, 600], [0.0, 100.0], samples=3)
-    found = settings.scores(llama, CODER, task_named("passkey"), Haystack(CODER))
-    assert found.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    probe = Probe("passkey", Grid([400, 600], [0.0, 100.0], samples=3), Haystack(CODER))
+    assert probe.cells(scores(probe, llama)).tolist() == [[1.0, 0.0], [0.0, 0.0]]
     assert [len(sample.prompt_ids) for sample in seen] == [400] * 6 + [600] * 6
     assert len({sample.answer for sample in seen[:3]}) > 1
 
@@ -52,16 +55,15 @@ def test_the_same_prompts_for_every_model(llama, monkeypatch):
         module, "forced", lambda m, s: drawn.append(s[0]) or [Forced(True, np.zeros(1))]
     )
     for _ in range(2):
-        Grid([400], [50.0], samples=4).scores(llama, CODER, task_named("passkey"), Haystack(CODER))
+        scores(Probe("passkey", Grid([400], [50.0], samples=4), Haystack(CODER)), llama)
     for one, two in zip(drawn[:4], drawn[4:], strict=True):
         assert one.prompt_ids.tolist() == two.prompt_ids.tolist()
 
 
 @pytest.mark.parametrize("answers", ["forced", "generated"])
 def test_a_model_that_knows_nothing_finds_nothing(llama, answers):
-    settings = Grid([400], [0.0, 50.0], samples=2, answers=answers)
-    found = settings.scores(llama, CODER, task_named("passkey"), Haystack(CODER))
-    assert found.tolist() == [[0.0, 0.0]]
+    grid = Grid([400], [0.0, 50.0], samples=2, answers=answers)
+    assert scores(Probe("passkey", grid, Haystack(CODER)), llama) == [0.0] * 4
 
 
 def test_evaluate_writes_probes_beside_the_loss(tmp_path: Path, capsys):
@@ -77,7 +79,7 @@ def test_evaluate_writes_probes_beside_the_loss(tmp_path: Path, capsys):
     for name in tasks[1:]:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         table = (tmp_path / f"{name}.md").read_text()
-        assert f"| {name}: tokens |" in table
+        assert f"| {name}: tokens | prompts |" in table
         assert table.strip() in capsys.readouterr().out or name != "passkey"
     assert (tmp_path / "loss_by_position.md").is_file()
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -21,23 +21,29 @@ def batch(seed: int, rows: int = 4) -> tuple[Tensor, Batch]:
     windows = torch.randint(2, 99, (rows, SEQ + 1), generator=generator)
     windows[torch.rand(windows.shape, generator=generator) < 0.01] = BOS
     windows[0, 400:] = -100
+    windows[1:2, 1:][windows[1:2, 1:] == BOS] = 2
     sources = torch.randint(len(SOURCES), (rows,), generator=generator)
     packed = pack(windows, BOS, sources=sources)
     nats = torch.randint(0, 640, packed.labels.shape, generator=generator) / 64
     return nats * (packed.labels >= 0), packed
 
 
-def by_hand(batches: list[tuple[Tensor, Batch]], edges: list[int]) -> dict[tuple[int, int], list]:
-    """Collect the nats of each (source, bucket), a token at a time."""
+def by_hand(
+    batches: list[tuple[Tensor, Batch]], edges: list[int]
+) -> dict[tuple[int, int, int], list]:
+    """Collect the nats of each (source, length, position), a token at a time."""
     cells = defaultdict(list)
     for nats, packed in batches:
         for row in range(len(nats)):
+            sizes = Counter(packed.documents.ids[row].tolist())
             for t in range(SEQ):
                 if packed.labels[row, t] == -100:
                     continue
                 place = int(packed.position_ids[row, t])
+                size = sizes[int(packed.documents.ids[row, t])]
                 bucket = max(i for i, low in enumerate(edges[:-1]) if low <= place)
-                cells[int(packed.sources[row]), bucket].append(float(nats[row, t]))
+                length = max(i for i, low in enumerate(edges) if low <= size)
+                cells[int(packed.sources[row]), length, bucket].append(float(nats[row, t]))
     return cells
 
 
@@ -56,9 +62,11 @@ def test_sums_are_those_of_a_loop_over_tokens():
     cells = by_hand(batches, edges)
     nats, targets = metric.compute()
     for source in range(len(SOURCES)):
-        for bucket in range(len(edges) - 1):
-            assert float(nats[source, bucket]) == sum(cells[source, bucket])
-            assert int(targets[source, bucket]) == len(cells[source, bucket])
+        for length in range(len(edges)):
+            for bucket in range(len(edges) - 1):
+                cell = source, length, bucket
+                assert float(nats[cell]) == sum(cells[cell])
+                assert int(targets[cell]) == len(cells[cell])
     assert int(targets.sum()) == sum(int((packed.labels >= 0).sum()) for _, packed in batches)
 
 
@@ -78,16 +86,17 @@ def test_scalars_are_means_over_targets():
         {
             "val/loss": sum(every) / len(every),
             "val/ppl": math.exp(sum(every) / len(every)),
-            "val/loss_pos/0-128": mean(lambda source, bucket: bucket == 0),
-            "val/loss_pos/128-256": mean(lambda source, bucket: bucket == 1),
-            "val/loss_pos/256-512": mean(lambda source, bucket: bucket == 2),
-            "val/loss_source/books": mean(lambda source, bucket: source == 0),
-            "val/loss_source/code": mean(lambda source, bucket: source == 1),
+            "val/loss_pos/0-128": mean(lambda source, length, bucket: bucket == 0),
+            "val/loss_pos/128-256": mean(lambda source, length, bucket: bucket == 1),
+            "val/loss_pos/256-512": mean(lambda source, length, bucket: bucket == 2),
+            "val/loss_len/0-128": mean(lambda source, length, bucket: length == 0),
+            "val/loss_len/128-256": mean(lambda source, length, bucket: length == 1),
+            "val/loss_len/256-512": mean(lambda source, length, bucket: length == 2),
+            "val/loss_len/512": mean(lambda source, length, bucket: length == 3),
+            "val/loss_source/books": mean(lambda source, length, bucket: source == 0),
+            "val/loss_source/code": mean(lambda source, length, bucket: source == 1),
         },
         rel=1e-6,
-    )
-    assert metric.by_bucket() == pytest.approx(
-        [mean(lambda source, bucket, i=i: bucket == i) for i in range(3)], rel=1e-12
     )
 
 
@@ -95,12 +104,12 @@ def test_a_bucket_without_targets_is_left_out():
     metric = LossByPosition(["books"], window=1024)
     nats, packed = batch(4)
     metric.update(nats, packed._replace(sources=torch.zeros_like(packed.sources)))
-    assert list(metric.scalars("test")) == [
-        "test/loss",
-        "test/ppl",
-        *(f"test/loss_pos/{edges}" for edges in ("0-128", "128-256", "256-512")),
-    ]
-    assert math.isnan(metric.by_bucket()[-1])
+    found = metric.scalars("test")
+    positions = [name for name in found if "pos" in name]
+    assert positions == [f"test/loss_pos/{edges}" for edges in ("0-128", "128-256", "256-512")]
+    assert "test/loss_len/1024" not in found
+    assert not any("source" in name for name in found)
+    assert all(math.isfinite(value) for value in found.values())
 
 
 def test_ranks_add_up_exactly():

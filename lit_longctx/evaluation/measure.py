@@ -1,0 +1,96 @@
+"""What all measures share: units measured one by one, and checkpoints set side by side."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from lit_longctx.evaluation.intervals import Interval, Sums, paired_differences
+from lit_longctx.model import Llama
+
+Unit = dict[str, Any]
+"""What decides one value, besides the checkpoint; JSON can say it."""
+
+
+class Section(NamedTuple):
+    """One part of a report."""
+
+    results: dict[str, Any]
+    """Entries of results.json."""
+    tables: dict[str, str]
+    """Markdown by the name of its file."""
+    figures: dict[str, Figure]
+    """By the name of their file."""
+
+
+class Measure(ABC):
+    """Something to measure of every checkpoint on the same units."""
+
+    @abstractmethod
+    def units(self) -> list[Unit]:
+        """Return what is measured one by one, the same for every checkpoint.
+
+        Raises:
+            ValueError: Something in it cannot be measured.
+        """
+
+    @abstractmethod
+    def measure(self, llama: Llama, unit: Unit) -> Any:
+        """Return the value of a unit; JSON can hold it."""
+
+    @abstractmethod
+    def report(self, values: dict[str, list[Any]], trained: int) -> Section:
+        """Return the results of checkpoints, given their values in the order of `units`.
+
+        Args:
+            values: By checkpoint; the first is the yardstick.
+            trained: Tokens of context that the first was trained on.
+        """
+
+
+class Comparison:
+    """Means of checkpoints over the same units, and how the later ones differ from the first."""
+
+    def __init__(self, sums: dict[str, Sums]) -> None:
+        (_, yardstick), *others = sums.items()
+        self.means = {name: each.means().flatten().tolist() for name, each in sums.items()}
+        self.number = yardstick.number.sum(0).flatten().tolist()
+        self.differences = {name: paired_differences(yardstick, each) for name, each in others}
+
+    def table(self, head: str, counted: str, rows: Sequence[str], digits: int = 4) -> str:
+        """Return a Markdown table; cells without anything have no row.
+
+        Args:
+            head: What the rows are.
+            counted: What was averaged.
+            rows: Name of each cell.
+            digits: After the point.
+        """
+        columns = [head, counted]
+        for name in self.means:
+            columns += [name, "Δ [95 %]"] if name in self.differences else [name]
+        lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        for i, row in enumerate(rows):
+            cells = [row, f"{self.number[i]:,.0f}"]
+            for name, means in self.means.items():
+                cells.append(f"{means[i]:.{digits}f}")
+                if name in self.differences:
+                    cells.append(signed(self.differences[name][i], digits))
+            if self.number[i]:
+                lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+
+def signed(difference: Interval, digits: int = 4) -> str:
+    """Return a difference as text, with its interval if it has one."""
+    mean, low, high = difference
+    interval = f" [{low:+.{digits}f}, {high:+.{digits}f}]" if low == low else ""
+    return f"{mean:+.{digits}f}{interval}"
+
+
+def digest(content: Any) -> str:
+    """Short hash of anything JSON can say."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
