@@ -354,9 +354,7 @@ class Llama(nn.Module):
         loss, nats = weighted_loss(hidden, self.head_weight, labels, weights)
         return loss, nats.view(batch.labels.shape)
 
-    def hits(
-        self, batch: Batch
-    ) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+    def hits(self, batch: Batch) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
         """(nats, whether each target is the likeliest token), without gradient."""
         hidden, labels = self.hidden(batch).flatten(0, 1), batch.labels
         nats, hits = token_hits(hidden, self.head_weight, labels.flatten())

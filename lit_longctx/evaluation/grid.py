@@ -5,14 +5,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
 from lit_longctx import plots
 from lit_longctx.evaluation.intervals import Sums
 from lit_longctx.evaluation.measure import Comparison, Measure, Section, Unit, digest
 from lit_longctx.evaluation.probes import forced, generated, task_named
-from lit_longctx.evaluation.prompts import Haystack
+from lit_longctx.evaluation.prompts import Haystack, Sample
 from lit_longctx.model import Llama
 
 
@@ -66,10 +65,13 @@ class Probe(Measure):
             for seed in range(self.grid.seed, self.grid.seed + self.grid.samples)
         ]
 
-    @torch.inference_mode()
+    def sample(self, unit: Unit) -> Sample:
+        """Return the prompt of a unit, with its answer."""
+        return self.task.sample(self.hay, unit["length"], unit["depth"], unit["seed"])
+
     def measure(self, llama: Llama, unit: Unit) -> float:
         """Return the score of one prompt."""
-        sample = self.task.sample(self.hay, unit["length"], unit["depth"], unit["seed"])
+        sample = self.sample(unit)
         if self.grid.answers == "forced":
             return float(forced(llama, [sample])[0].exact)
         answer = generated(llama, self.hay.tokenizer, self.task, [sample])[0]

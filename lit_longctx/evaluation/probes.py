@@ -52,7 +52,7 @@ class Forced(NamedTuple):
     """−ln p of each token of the answer."""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode, after which FSDP could not go on training
 def forced(llama: Llama, samples: Sequence[Sample]) -> list[Forced]:
     """Read prompts with their answers in one batched forward pass; lengths may differ.
 

@@ -16,6 +16,7 @@ from lit_longctx.checkpoint import newest_whole, read_model, resolve, trained_co
 from lit_longctx.training.callbacks import Checkpoints, KeepTokenizer, ProgressLine
 from lit_longctx.training.module import LanguageModule
 from lit_longctx.training.parallel import FSDP2Strategy  # noqa: F401 - likewise
+from lit_longctx.training.probes import Probes  # noqa: F401 - likewise
 
 TRAINER = {
     "strategy": {"class_path": "lit_longctx.training.parallel.FSDP2Strategy"},

@@ -1,0 +1,97 @@
+"""Probes during training: does the model find what was hidden, and how far is it from that."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lit_longctx import plots
+from lit_longctx.data.tokenizer import open_tokenizer
+from lit_longctx.data.windows import Windows
+from lit_longctx.evaluation.evaluate import haystack
+from lit_longctx.evaluation.grid import Grid, Probe
+from lit_longctx.evaluation.probes import forced
+from lit_longctx.evaluation.prompts import Haystack
+from lit_longctx.model import Llama
+
+
+class Probes(Callback):
+    """Reads right answers with every validation: `probe/TASK/TOKENS`, and heat maps, in the log.
+
+    `probe/TASK/TOKENS` is the share of prompts of that many tokens whose answer is the likeliest,
+    `probe/TASK_nats/TOKENS` the loss of a token of the answer, which falls long before. Needles
+    are hidden in held-out text of the first source. Costs a forward pass for each prompt; the
+    processes share them.
+
+    Args:
+        tasks: Names of the probes, as for `evaluate`.
+        grid: Lengths, depths and samples.
+    """
+
+    def __init__(
+        self,
+        tasks: list[str] = ["needle"],  # noqa: B006 - never changed
+        grid: Grid = Grid(),
+    ) -> None:
+        if grid.answers != "forced":
+            raise ValueError("grid.answers generated would stop the run for long; set it to forced")
+        self.tasks = tasks
+        self.grid = grid
+        self.probes: dict[str, Probe] = {}
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Refuse now what could not be asked later."""
+        hay = self._haystack(trainer)
+        self.probes = {name: Probe(name, self.grid, hay) for name in self.tasks}
+        self.units = {name: probe.units() for name, probe in self.probes.items()}
+
+    def _haystack(self, trainer: Trainer) -> Haystack:
+        data: Any = getattr(trainer, "datamodule", None)
+        folder = getattr(data, "tokenizer_folder", None)
+        if folder is None:
+            raise ValueError("Probes need a tokenizer; the data has none; leave them out")
+        source = next(iter(data.open("held_out", data.longest).values()))
+        if isinstance(source, Windows):
+            return haystack(source, max(self.grid.lengths))
+        return Haystack(open_tokenizer(str(folder)))  # MDS shards have no running text
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Ask, log and draw."""
+        for name, probe in self.probes.items():
+            found = self._answers(probe, name, module)
+            scores, nats = (probe.cells(column) for column in found.T)
+            for length, score, loss in zip(
+                self.grid.lengths, scores.mean(1), nats.mean(1), strict=True
+            ):
+                module.log(f"probe/{name}/{length}", float(score))
+                module.log(f"probe/{name}_nats/{length}", float(loss))
+            if trainer.is_global_zero:
+                self._show(trainer, name, scores)
+
+    def _answers(self, probe: Probe, name: str, module: LightningModule) -> np.ndarray:
+        """Return hit and mean nats of each unit; every process runs the model as often."""
+        units = self.units[name]
+        found = torch.zeros(len(units), 2, dtype=torch.float64, device=module.device)
+        llama = module.llama
+        assert isinstance(llama, Llama)
+        ranks = module.trainer.world_size
+        for first in range(0, len(units), ranks):
+            number = first + module.global_rank
+            answer = forced(llama, [probe.sample(units[min(number, len(units) - 1)])])[0]
+            if number < len(units):
+                found[number] = torch.tensor([float(answer.exact), float(answer.nats.mean())])
+        if dist.is_initialized():
+            dist.all_reduce(found)
+        return found.cpu().numpy()
+
+    def _show(self, trainer: Trainer, name: str, scores: np.ndarray) -> None:
+        means = zip(self.grid.lengths, scores.mean(1), strict=True)
+        each = ", ".join(f"{mean:.2f} at {length:,}" for length, mean in means)
+        print(f"step {trainer.global_step}  {name} {each}", flush=True)
+        figure = plots.heat_map(self.grid.lengths, self.grid.depths, {name: scores.tolist()})
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure(f"probe/{name}", figure, trainer.global_step)
