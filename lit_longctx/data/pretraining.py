@@ -1,6 +1,6 @@
-"""LightningDataModule of continual pretraining: whole optimizer steps, elastic and resumable."""
+"""LightningDataModule of continual pretraining: windows of packed documents."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -9,15 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lit_longctx.batch import NO_TARGET, Batch, Step, pack
+from lit_longctx.batch import NO_TARGET, Batch, pack
 from lit_longctx.data.lanes import Lanes
 from lit_longctx.data.mds import Packs, open_windows
 from lit_longctx.data.order import Order
 from lit_longctx.data.packing import BestFit
 from lit_longctx.data.stages import ENDLESS, Course, Stage
+from lit_longctx.data.steps import Rows, StepData
 from lit_longctx.data.storage import ObjectStorage
 from lit_longctx.data.tokenizer import described, open_tokenizer
 from lit_longctx.data.windows import Windows
@@ -50,7 +49,7 @@ def _described(tokenizer: str) -> dict[str, Any]:
     return described(open_tokenizer(tokenizer))
 
 
-class PretrainData(LightningDataModule):
+class PretrainData(StepData):
     """Windows of packed documents from one or several prepared folders.
 
     Args:
@@ -139,11 +138,6 @@ class PretrainData(LightningDataModule):
         """Return the sources that a stage reads."""
         return [name for name in self.sources if not stage.weights or name in stage.weights]
 
-    @property
-    def longest(self) -> Stage:
-        """The stage of the longest window: the held-out splits of its sources are validated on."""
-        return max(self.course.stages, key=lambda stage: stage.window)
-
     def open(self, split: str, stage: Stage) -> dict[str, Windows | Packs]:
         """Return a stage's windows by source; ValueError if one has too few tokens for any."""
         length = stage.window
@@ -180,62 +174,16 @@ class PretrainData(LightningDataModule):
         keys = [list(self.sources).index(name) for name in readers]
         return Order(lengths, weights, self.seed, groups, begun, keys)
 
-    def train_dataloader(self) -> DataLoader:
-        """Whole steps of this rank, from the sample the model has come to."""
-        trainer = self.trainer
-        assert trainer is not None
-        ranks = trainer.world_size
-        if ranks > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError(
-                "set Trainer(use_distributed_sampler=False): the order of samples is ours"
-            )
-        for stage in self.course.stages:
-            if stage.rows % ranks:
-                raise ValueError(
-                    f"{stage.rows} windows per step do not divide among {ranks} processes"
-                )
-        if trainer.max_steps < 1:
-            raise ValueError(
-                "set trainer.max_steps: the run's length is counted in optimizer steps"
-            )
-        if self.staged and trainer.max_steps != self.course.steps[-1]:
-            raise ValueError(
-                f"the stages have {self.course.steps[-1]} steps; got trainer.max_steps "
-                f"{trainer.max_steps}, set it to their sum"
-            )
-        consumed = int(getattr(trainer.lightning_module, "samples_consumed", 0))
-        shift = consumed - self.course.first_sample(trainer.global_step)
-        if self.staged and shift:
-            raise ValueError(
-                f"at step {trainer.global_step} the stages have read {consumed - shift} samples, "
-                f"the run had read {consumed}; go on with the stages it began with"
-            )
-        steps = Steps(self, trainer.global_rank, ranks, shift)
-        if trainer.global_rank == 0:
-            for line in steps.reports():
-                print(line)
-        return self._loader(steps, Upward(trainer.global_step, trainer.max_steps))
+    def held_out(self, stage: Stage) -> dict[str, Windows | Packs]:
+        """Return what serves held-out windows: joined documents, whatever the packing."""
+        return self.open("held_out", stage)
 
-    def val_dataloader(self) -> DataLoader:
-        """Held-out windows of this rank."""
-        trainer = self.trainer
-        assert trainer is not None
-        rows = HeldOut(self, trainer.global_rank, trainer.world_size)
-        return self._loader(rows, Upward(0, len(rows)))
-
-    test_dataloader = val_dataloader
-
-    def _loader(self, dataset: Dataset, sampler: Sampler) -> DataLoader:
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def batch(self, readers: Mapping[int, Reader], rows: Rows, training: bool) -> Batch:
+        """Read rows of packed documents."""
+        return read_batch(readers, rows, self.tokenizer["bos"])
 
 
-def read_batch(readers: Mapping[int, Reader], rows: list[tuple[int, int, int]], bos: int) -> Batch:
+def read_batch(readers: Mapping[int, Reader], rows: Rows, bos: int) -> Batch:
     """Pack rows given as (source, window, sample); window −1 is padding, without targets."""
     length = next(reader.length for reader in readers.values())
     padding = np.full(length + 1, NO_TARGET), np.zeros(length + 1, dtype=bool)
@@ -263,97 +211,3 @@ def _groups(reader: Reader) -> list[int]:
     total = len(reader) * reader.length if isinstance(reader, Packs) else reader.tokens
     edges = np.arange(0, total + tokens, tokens)
     return np.diff(np.minimum(-(-edges // reader.length), len(reader))).tolist()
-
-
-class Upward(Sampler[int]):
-    """Counts from `start` to `end`, but has the length of the whole run.
-
-    Lightning compares its step counter, restored on resume, with the loader's length; and only with
-    a loader that has one does it not read (and then lose) a batch ahead.
-    """
-
-    def __init__(self, start: int, end: int) -> None:
-        self.start, self.end = start, end
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.end))
-
-    def __len__(self) -> int:
-        return self.end
-
-
-class Steps(Dataset):
-    """Optimizer step → this rank's micro-batches.
-
-    A later stage goes on in each source's epoch where the one before it stopped, to within the
-    group of chunks that was being read.
-    """
-
-    def __init__(self, data: PretrainData, rank: int, ranks: int, shift: int = 0) -> None:
-        self.course, self.bos = data.course, data.tokenizer["bos"]
-        self.rank, self.ranks, self.shift = rank, ranks, shift
-        self.readers: list[dict[int, Reader]] = []  # by stage, then by number of the source
-        self.names = list(data.sources)
-        self.orders: list[Order | Lanes] = []
-        read = dict.fromkeys(data.sources, 0)
-        for stage in data.course.stages:
-            readers = data.readers(stage)
-            order = data.order(readers, stage, read)
-            self.readers.append({self.names.index(name): r for name, r in readers.items()})
-            self.orders.append(order)
-            if isinstance(order, Order) and data.staged:
-                drawn = order.drawn(stage.steps * stage.rows)
-                for name, begun, windows in zip(readers, order.begun, drawn, strict=True):
-                    read[name] = (begun + windows) * stage.window
-
-    def reports(self) -> list[str]:
-        """Return what best-fit packing does to each source."""
-        return [
-            f"{self.names[source]}, window {reader.length}: {reader.report()}"
-            for readers in self.readers
-            for source, reader in readers.items()
-            if isinstance(reader, BestFit)
-        ]
-
-    def __getitem__(self, step: int) -> Step:
-        """Read one step."""
-        number = self.course.at(step)
-        stage, order = self.course.stages[number], self.orders[number]
-        readers, sources = self.readers[number], list(self.readers[number])
-        begin = self.course.first_sample(step) + self.shift
-        share = stage.rows // self.ranks
-        rows = []
-        for sample in range(begin + self.rank * share, begin + (self.rank + 1) * share):
-            source, window = order(sample - self.course.samples[number])
-            rows.append((sources[source], window, sample))
-        size = stage.micro_batch_size
-        parts = [read_batch(readers, rows[i : i + size], self.bos) for i in range(0, share, size)]
-        restart = isinstance(order, Lanes) and order.restarts(begin)
-        after = begin + stage.rows
-        return Step(parts, after, self.course.tokens(after, step), restart)
-
-
-class HeldOut(Dataset):
-    """Held-out micro-batches of one rank; ranks that run out get padding: all stay in step."""
-
-    def __init__(self, data: PretrainData, rank: int, ranks: int) -> None:
-        self.bos = data.tokenizer["bos"]
-        numbers = {name: number for number, name in enumerate(data.sources)}
-        opened = data.open("held_out", data.longest)
-        self.windows = {numbers[name]: windows for name, windows in opened.items()}
-        chosen = []
-        for source, windows in self.windows.items():
-            number = min(len(windows), data.held_out_windows)
-            places = np.linspace(0, len(windows) - 1, number).round().astype(int) if number else []
-            chosen += [(source, int(window), i) for i, window in enumerate(places)]
-        size = data.longest.micro_batch_size
-        padding = next(iter(self.windows))
-        chosen += [(padding, -1, -1)] * (-len(chosen) % (size * ranks))
-        self.rows = [chosen[i : i + size] for i in range(rank * size, len(chosen), size * ranks)]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Batch:
-        """Read one micro-batch."""
-        return read_batch(self.windows, self.rows[index], self.bos)

@@ -9,7 +9,8 @@ import torch
 
 from lit_longctx.batch import Batch, Documents, Step
 from lit_longctx.data.prepare import prepare
-from lit_longctx.data.pretraining import PretrainData, Source, Steps, read_batch
+from lit_longctx.data.pretraining import PretrainData, Source, read_batch
+from lit_longctx.data.steps import Steps
 
 BOS, EOS = 256, 257
 WINDOW, ROWS, STEPS = 256, 8, 30

@@ -9,8 +9,9 @@ import yaml
 from training import runs
 
 from lit_longctx import checkpoint
-from lit_longctx.data.pretraining import PretrainData, Source, Steps
+from lit_longctx.data.pretraining import PretrainData, Source
 from lit_longctx.data.stages import Stage
+from lit_longctx.data.steps import Steps
 from lit_longctx.position import RoPE
 
 STAGES = [
