@@ -5,8 +5,11 @@ from itertools import pairwise
 from math import pi
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from lit_longctx.batch import NO_TARGET, Batch
 
 
 def _axes(width: float = 7.0, height: float = 4.0) -> tuple[Figure, Axes]:
@@ -128,7 +131,9 @@ def document_lengths(report: dict[str, Any]) -> Figure:
         axes.set_title(f"{name}: {share}", loc="left", fontsize="medium")
         axes.yaxis.set_major_formatter("{x:.0%}")
     panels[0].legend(frameon=False)
-    panels[-1].set_xticks(range(len(edges)), [f"≥ {edge // 1024}" for edge in edges])
+    panels[-1].set_xticks(
+        range(len(edges)), [f"≥ {edge // 1024}" for edge in edges], fontsize="small"
+    )
     panels[-1].set_xlabel("thousands of tokens (1,024) of the document")
     figure.supylabel("share of the source's tokens")
     return figure
@@ -201,4 +206,88 @@ def heat_map(
         axes.set_xlabel("tokens of the prompt")
         figure.colorbar(image, ax=axes, label="mean score")
     panels[0].set_ylabel("depth of the needle")
+    return figure
+
+
+def batch(packed: Batch, row: int = 0) -> Figure:
+    """Draw the rows of a batch in the colours of their documents, and one row's places and mask.
+
+    A document without any target, such as padding, is white. Costs rows × seq + 512².
+
+    Args:
+        packed: The batch.
+        row: Row whose places and attention are drawn.
+    """
+    ids, labels, places = (
+        found.cpu().numpy() for found in (packed.documents.ids, packed.labels, packed.position_ids)
+    )
+    rows, seq = ids.shape
+    figure = Figure(figsize=(7.0, 4.0 + 0.4 * rows), layout="constrained")
+    panels = figure.subplot_mosaic([["rows", "rows"], ["places", "mask"]], height_ratios=[rows, 7])
+    _documents(panels["rows"], ids, labels == NO_TARGET)
+    _plain(panels["places"]).plot(places[row], color="black", linewidth=1)
+    panels["places"].set(title=f"places in row {row}", xlabel="token of the row", ylabel="place")
+    shown = ids[row, :: -(-seq // 512)]
+    sees = np.tril(shown[:, None] == shown)
+    extent = (0, seq, seq, 0)
+    colours = np.ma.array(np.broadcast_to(shown[:, None] % 10, sees.shape), mask=~sees)
+    panels["mask"].imshow(colours, cmap="tab10", vmin=0, vmax=9, extent=extent)
+    panels["mask"].set(title=f"who sees whom in row {row}", xlabel="key", ylabel="query")
+    for axes in panels.values():
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+    return figure
+
+
+def _documents(axes: Axes, ids: np.ndarray, empty: np.ndarray) -> None:
+    """Draw a bar per row in the colours of its documents, with a tick where one has no target."""
+    rows, seq = ids.shape
+    blank = np.stack([~np.isin(i, i[~e]) for i, e in zip(ids, empty, strict=True)])
+    colours = np.ma.array(ids % 10, mask=blank)
+    shape = {"extent": (0, seq, rows - 0.5, -0.5), "aspect": "auto", "interpolation": "nearest"}
+    axes.imshow(colours, cmap="tab10", vmin=0, vmax=9, **shape)
+    axes.hlines(np.arange(rows - 1) + 0.5, 0, seq, color="white", linewidth=4)
+    row, token = (empty & ~blank).nonzero()
+    axes.scatter(token + 0.5, row - 0.34, marker="v", s=16, color="black", linewidths=0, zorder=3)
+    axes.set_yticks(range(rows))
+    axes.set(ylabel="row", title="documents (▾ no target; white: padding)")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def loss_by_step(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> Figure:
+    """Draw loss against optimizer steps, one line per run; a few values have a dot each.
+
+    Args:
+        curves: Steps and nats per token at each, by name.
+    """
+    figure, axes = _axes()
+    for name, (steps, losses) in curves.items():
+        axes.plot(steps, losses, marker="o" if len(steps) < 10 else "", label=name)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False)
+    return figure
+
+
+def needles(prompts: Mapping[str, tuple[int, Sequence[tuple[int, int]], int]]) -> Figure:
+    """Draw where needles stand in prompts, and where the answer follows; a bar per prompt.
+
+    Args:
+        prompts: Tokens of the prompt, first token and end of each needle, tokens of the answer;
+            by name.
+    """
+    figure, axes = _axes(width=9.0, height=0.8 + 0.35 * len(prompts))
+    axes.set_axisbelow(True)
+    parts = ("context and question", "needle", "answer")
+    for row, (length, places, answer) in enumerate(prompts.values()):
+        spans = [(start, stop - start) for start, stop in places]
+        for number, each in enumerate(([(0, length)], spans, [(length, answer)])):
+            colour = ("lightgrey", "tab:orange", "tab:green")[number]
+            label = None if row else parts[number]
+            axes.broken_barh(each, (row - 0.35, 0.7), color=colour, label=label)
+    axes.set_yticks(range(len(prompts)), list(prompts))
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("token")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

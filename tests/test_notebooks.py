@@ -1,20 +1,66 @@
-"""Every notebook runs as it is kept: its asserts are tests, its outputs are not in git."""
+"""Every notebook runs as it is kept: its asserts are tests, its outputs are not in git.
 
+Notebooks read what `make quickstart` leaves behind. Here the same commands, on the shipped configs,
+make a smaller copy of it.
+"""
+
+import shutil
 import subprocess
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from training import runs
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))
+TRAINING = "4_train_tiny.ipynb"
+WINDOW = 2048
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_it_runs_and_draws_its_figures(name):
-    notebook = nbformat.read(FOLDER / name, as_version=4)
-    place = {"metadata": {"path": str(FOLDER)}}
+@pytest.fixture(scope="module")
+def notebooks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the notebooks beside small data and runs, made as the quickstart makes them."""
+    root = tmp_path_factory.mktemp("quickstart")
+    data, short, long = (
+        root / "data/stdlib",
+        root / "runs/quickstart_short",
+        root / "runs/quickstart",
+    )
+    run("prepare", "quickstart_prepare", output=data)
+    shape = {f"model.init_args.config.{key}": number for key, number in SHAPE.items()}
+    run("fit", "quickstart_short", **shape, **two_steps(short, data, 256))
+    start = {"model.init_args.checkpoint": short}
+    run("fit", "quickstart", **start, **two_steps(long, data, WINDOW))
+    asked = {"checkpoint": f"[{short},{long}]", "data": f"[{data}]", "window": WINDOW, "windows": 8}
+    run("evaluate", "quickstart_evaluate", **asked, output=long / "evaluation")
+    return Path(shutil.copytree(FOLDER, root / "notebooks"))
+
+
+def run(verb: str, config: str, **options: object) -> None:
+    """Run a command of the quickstart with other options."""
+    given = [part for name, value in options.items() for part in (f"--{name}", value)]
+    runs.run(verb, "--config", FOLDER.parent / f"config/{config}.yaml", *given).succeeded()
+
+
+def two_steps(folder: Path, data: Path, window: int) -> dict[str, object]:
+    """Return the options of a short training run."""
+    rows = {"window": window, "batch_tokens": 2 * window, "micro_batch_size": 1}
+    read = rows | {"held_out_windows": 2, "sources.stdlib.folder": data}
+    trainer = {"default_root_dir": folder, "max_steps": 2, "val_check_interval": 2}
+    named = {f"data.init_args.{name}": value for name, value in read.items()}
+    return named | {f"trainer.{name}": value for name, value in trainer.items()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n == TRAINING)) for n in NOTEBOOKS],
+)
+def test_it_runs_and_draws_its_figures(name: str, notebooks: Path):
+    notebook = nbformat.read(notebooks / name, as_version=4)
+    place = {"metadata": {"path": str(notebooks)}}
     NotebookClient(notebook, timeout=120, kernel_name="python3", resources=place).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     shown = [output.data for output in outputs if "data" in output]
@@ -22,8 +68,18 @@ def test_it_runs_and_draws_its_figures(name):
     assert all("image/png" in data for data in figures)
 
 
+@pytest.mark.parametrize("name", NOTEBOOKS[1:])
+def test_without_the_quickstart_it_says_in_one_line_what_to_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first, *_ = (c for c in nbformat.read(FOLDER / name, 4).cells if c.cell_type == "code")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^.* is missing: run `make quickstart` .*$"):
+        exec(first.source, {})
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_git_holds_no_outputs(name):
+def test_git_holds_no_outputs(name: str):
     shown = subprocess.run(
         ["git", "show", f":./{name}"], cwd=FOLDER, capture_output=True, text=True
     )
