@@ -24,11 +24,14 @@ from lit_longctx.position import PositionScheme
 
 MODEL = "model.json"
 """File in a run's checkpoint that describes the model: config, position scheme, trained context."""
+CHAT_TEMPLATE = "chat_template.jinja"
+"""File beside a tokenizer that says how its model wants to be talked to."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "tokenizer.model",
+    CHAT_TEMPLATE,
 )
 SHARD_BYTES = 5 * 2**30
 """Bytes of weights per exported file, as Hugging Face cuts them."""

@@ -17,8 +17,9 @@ from litdata import TokensLoader
 from litdata.streaming.writer import BinaryWriter
 from litdata.utilities.env import _DistributedEnv
 
+from lit_longctx.data.chats import Rendered
 from lit_longctx.data.tokenizer import Ids
-from lit_longctx.data.windows import LENGTHS
+from lit_longctx.data.windows import ANSWER, LENGTHS, LONG
 
 BLOCK = 256
 """Tokens per block: windows are multiples of it."""
@@ -35,7 +36,7 @@ class Ledger:
     text_tokens: int = 0
     """Tokens of the documents' text."""
     boundary_tokens: int = 0
-    """One BOS and one EOS per document."""
+    """One BOS and one EOS per document; of conversations, none: the chat template wrote them."""
     padding: int = 0
     """BOS that fill the last block."""
     lengths: Counter[int] = field(default_factory=Counter)
@@ -48,23 +49,36 @@ class Ledger:
         """All tokens stored."""
         return self.text_tokens + self.boundary_tokens + self.padding
 
-    def count(self, length: int) -> None:
+    def count(self, length: int, boundaries: int = 2) -> None:
         """Enter a document of `length` tokens, BOS and EOS included."""
         self.documents += 1
-        self.text_tokens += length - 2
-        self.boundary_tokens += 2
+        self.text_tokens += length - boundaries
+        self.boundary_tokens += boundaries
         bucket = max(edge for edge in BUCKETS if edge <= length)
         self.lengths[bucket] += 1
         self.length_tokens[bucket] += length
 
 
 class SplitWriter:
-    """Writes one split: a litdata folder whose chunks hold whole blocks."""
+    """Writes one split: a litdata folder whose chunks hold whole blocks.
 
-    def __init__(self, folder: Path, tokenizer: Mapping[str, Any], chunk_tokens: int) -> None:
+    Args:
+        folder: Where to.
+        tokenizer: Its description.
+        chunk_tokens: Tokens of a chunk.
+        chat: Whether conversations come, whose ids bear marks.
+    """
+
+    def __init__(
+        self, folder: Path, tokenizer: Mapping[str, Any], chunk_tokens: int, chat: bool = False
+    ) -> None:
         self.ledger = Ledger()
         self.bos, self.eos = tokenizer["bos"], tokenizer["eos"]
         self.dtype = np.uint16 if tokenizer["vocab_size"] <= 2**16 else np.int32
+        if chat:
+            self.dtype = np.uint32
+        self.long: list[tuple[int, int]] | None = [] if chat else None
+        self.answer_tokens = 0
         self.chunk_tokens = chunk_tokens
         self.folder = folder
         self.lengths = array("I")
@@ -87,6 +101,17 @@ class SplitWriter:
             self.ledger.count(length)
         self.lengths.extend(lengths)
         self._append(tokens.astype(self.dtype))
+
+    def add_conversation(self, found: Rendered) -> None:
+        """Append a conversation, its answers marked."""
+        assert self.long is not None
+        self.ledger.count(len(found.ids), boundaries=0)
+        self.lengths.append(len(found.ids))
+        self.long.append(found.document or (0, 0))
+        self.answer_tokens += int(found.answers.sum())
+        self._append(
+            found.ids.astype(np.uint32) | np.where(found.answers, ANSWER, 0).astype(np.uint32)
+        )
 
     def _append(self, tokens: Ids) -> None:
         self.pieces.append(tokens)
@@ -112,6 +137,8 @@ class SplitWriter:
         self.writer.done()
         self.writer.merge()
         np.save(self.folder / LENGTHS, np.frombuffer(self.lengths, dtype=np.uint32))
+        if self.long is not None:
+            np.save(self.folder / LONG, np.array(self.long, dtype=np.uint32).reshape(-1, 2))
 
     def describe(self) -> dict[str, Any]:
         """Return the manifest's entry of this split."""
@@ -125,4 +152,5 @@ class SplitWriter:
             "padding": ledger.padding,
             "chunks": self.chunks,
             "lengths": [[e, ledger.lengths[e], ledger.length_tokens[e]] for e in edges],
+            **({} if self.long is None else {"answer_tokens": self.answer_tokens}),
         }

@@ -32,7 +32,7 @@ class Unit(NamedTuple):
     """What is read as a whole: the parts of a large input are shares of its units."""
 
     name: str
-    read: Callable[[Faults], Iterator[Document]]
+    read: Callable[[Faults], Iterator[Any]]
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,11 @@ class Places(ABC):
         places = torch.from_numpy(np.concatenate(found)).view(batch.input_ids.shape)
         return batch.at(places.to(batch.input_ids.device, self.dtype))
 
+    @property
+    @abstractmethod
+    def context(self) -> int:
+        """Tokens of the context that the model then knows, as it is."""
+
     @abstractmethod
     def place(
         self,
@@ -94,6 +99,11 @@ class PoSE(Places):
     target_context: int
     """Places of the context to learn, in tokens; the last is target_context − 1."""
 
+    @property
+    def context(self) -> int:
+        """target_context."""
+        return self.target_context
+
     def place(
         self,
         length: int,
@@ -124,6 +134,11 @@ class SkipAlign(Places):
     """Places of the context to learn, in tokens; the last is target_context − 1."""
     mode: Literal["all", "inner", "outer"] = "all"
     """Skip before every token, before answers (inner), or before what follows answers (outer)."""
+
+    @property
+    def context(self) -> int:
+        """target_context."""
+        return self.target_context
 
     def place(
         self,
@@ -176,6 +191,11 @@ class E2LLM(Places):
     """Largest g: the longest context over R."""
 
     dtype = torch.float32
+
+    @property
+    def context(self) -> int:
+        """R: longer ones are read with another position scheme than the trained one."""
+        return self.trained_context
 
     def __post_init__(self) -> None:
         if self.max_factor < 1:

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lit_longctx import manifest
-from lit_longctx.checkpoint import read_model, resolve, tokenizer_folder
+from lit_longctx.checkpoint import CHAT_TEMPLATE, read_model, resolve, tokenizer_folder
+from lit_longctx.data.chat_template import ChatTemplate
 from lit_longctx.data.chunks import BLOCK, SPLITS, SplitWriter
+from lit_longctx.data.conversations import conversation_units, rendered, set_apart_by
 from lit_longctx.data.dependency import DependencyFilter
-from lit_longctx.data.documents import Document, Faults, Reader, read_share
+from lit_longctx.data.documents import Document, Faults, Reader, Unit, read_share
 from lit_longctx.data.interleave import Interleave
 from lit_longctx.data.scale import Executor, in_parts
 from lit_longctx.data.tokenizer import (
@@ -51,6 +53,8 @@ def prepare(
     tolerated: float = 0.01,
     filter: DependencyFilter | None = None,
     interleave: Interleave | None = None,
+    chat: bool = False,
+    chat_template: str | None = None,
     part: int = 0,
     parts: int = 1,
     executor: Executor | None = None,
@@ -73,6 +77,9 @@ def prepare(
         tolerated: Largest share of broken documents; above it nothing is written.
         filter: Keep only training documents whose long-dependency score is high enough.
         interleave: Join every few training documents into one, their chunks in turn.
+        chat: Rows are conversations for fine-tuning: messages, ShareGPT, Alpaca, or document,
+            question and answer.
+        chat_template: Jinja file, or `plain` for one of ours; default: the tokenizer's own.
         part: Which of the parts to read.
         parts: Equal shares of the input's files; one alone is a folder like any other.
         executor: What runs the parts, on this machine or many, before they are joined; the same
@@ -92,21 +99,30 @@ def prepare(
     inputs = [input] if isinstance(input, str) else input
     coder = open_tokenizer(tokenizer, bos, eos)
     faults = Faults(tolerated)
+    template = ChatTemplate(coder, chat_template) if chat else None
+    if template and (filter or interleave or parts > 1):
+        raise ValueError("conversations are prepared in one part, without filter and interleave")
     with manifest.whole_folder(Path(output)) as folder:
         about = described(coder)
         if filter:
             scorer = resolve(filter.checkpoint)
             check_tokenizer(about, read_model(scorer)[0].vocab_size, tokenizer_folder(scorer))
-        writers = {split: SplitWriter(folder / split, about, chunk_tokens) for split in SPLITS}
+        writers = {
+            split: SplitWriter(folder / split, about, chunk_tokens, chat) for split in SPLITS
+        }
         excerpts: list[str] = []
-        units = reader.units(inputs)
-        documents = sampled(read_share(units, faults, part, parts), excerpts)
-        pairs = encoded(progress(documents), coder, faults)
-        pairs = set_aside(pairs, held_out, writers["held_out"])
-        for step in (filter, interleave):
-            pairs = step(pairs) if step else pairs
-        for _, ids in pairs:
-            writers["train"].add(ids)
+        if template:
+            units = conversation_units(inputs, reader.largest)
+            store_conversations(units, template, held_out, writers, faults)
+        else:
+            units = reader.units(inputs)
+            documents = sampled(read_share(units, faults, part, parts), excerpts)
+            pairs = encoded(progress(documents), coder, faults)
+            pairs = set_aside(pairs, held_out, writers["held_out"])
+            for step in (filter, interleave):
+                pairs = step(pairs) if step else pairs
+            for _, ids in pairs:
+                writers["train"].add(ids)
         faults.check()
         if parts == 1 and not writers["train"].ledger.documents:
             raise ValueError(f"input {input} holds no document to train on")
@@ -115,6 +131,8 @@ def prepare(
                 writer.finish()
         (folder / "tokenizer").mkdir()
         coder.save(folder / "tokenizer")
+        if template:
+            (folder / "tokenizer" / CHAT_TEMPLATE).write_text(template.source)
         content = {
             "format": 1,
             "source": source or Path(output).name,
@@ -136,6 +154,7 @@ def prepare(
                 for kind, number in faults.kinds.items()
             },
             "filter": filter and filter.report,
+            "chat": chat,
         }
         manifest.seal(folder, manifest.hash_files(folder), **content)
     print(report(content))
@@ -155,6 +174,20 @@ def anywhere(names: Any) -> Any:
 def hashed(names: Iterable[str]) -> str:
     """Hash of a list of names."""
     return hashlib.sha256("\n".join(names).encode(errors="surrogatepass")).hexdigest()
+
+
+def store_conversations(
+    units: list[Unit],
+    template: ChatTemplate,
+    held_out: float,
+    writers: dict[str, SplitWriter],
+    faults: Faults,
+) -> None:
+    """Write conversations; questions on one document are all held out, or none."""
+    for unit in units:
+        for found, tokens in rendered(unit.read(faults), template, faults):
+            split = SPLITS[share_of(set_apart_by(found)) < held_out]
+            writers[split].add_conversation(tokens)
 
 
 def set_aside(
@@ -257,6 +290,8 @@ def report(content: dict[str, Any]) -> str:
             f" + {ledger['boundary_tokens']:,} BOS and EOS + {ledger['padding']:,} padding"
             f" in {ledger['documents']:,} documents, {ledger['chunks']} chunks"
         )
+        if content["chat"]:
+            lines.append(f"  {'':9} {ledger['answer_tokens']:>13,} of them answers")
     train = content["splits"]["train"]["lengths"]
     total = sum(tokens for *_, tokens in train)
     lines.append("  document length    documents         tokens   share")

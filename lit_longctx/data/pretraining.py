@@ -15,6 +15,7 @@ from lit_longctx.data.lanes import Lanes
 from lit_longctx.data.mds import Packs, open_windows
 from lit_longctx.data.order import Order
 from lit_longctx.data.packing import BestFit
+from lit_longctx.data.places import Places
 from lit_longctx.data.stages import ENDLESS, Course, Stage
 from lit_longctx.data.steps import Rows, StepData
 from lit_longctx.data.storage import ObjectStorage
@@ -64,6 +65,7 @@ class PretrainData(StepData):
         packing: `concatenate` joins documents and cuts the stream every `window` tokens;
             `best_fit` cuts only documents longer than the window, and pads.
         storage: Cache and access for sources in object storage.
+        places: Positions to train at, such as those of a longer context; default: the tokens' own.
         stages: Stretches of the run with another window, batch, mix, theta or learning rate, one
             after the other; default: one, with the settings above.
     """
@@ -80,6 +82,7 @@ class PretrainData(StepData):
         lanes: bool = False,
         packing: Literal["concatenate", "best_fit"] = "concatenate",
         storage: ObjectStorage = ObjectStorage(),
+        places: Places | None = None,
         stages: list[Stage] | None = None,
     ) -> None:
         super().__init__()
@@ -95,14 +98,17 @@ class PretrainData(StepData):
             raise ValueError(
                 "sources need a weight each, or none of them one; and there must be a source"
             )
-        if lanes and (stages or packing == "best_fit"):
-            raise ValueError("lanes walk through documents: they take no stages and no best_fit")
+        if lanes and (stages or places or packing == "best_fit"):
+            raise ValueError(
+                "lanes walk through documents: they take no stages, no places and no best_fit"
+            )
         self.sources = sources
         self.seed = seed
         self.num_workers = num_workers
         self.held_out_windows = held_out_windows
         self.lanes = lanes
         self.packing = packing
+        self.places = places
         weights = {n: s.weight for n, s in sources.items() if s.weight is not None}
         run = Stage(ENDLESS, window, batch_tokens, micro_batch_size, weights or None)
         self.staged = bool(stages)
@@ -179,8 +185,9 @@ class PretrainData(StepData):
         return self.open("held_out", stage)
 
     def batch(self, readers: Mapping[int, Reader], rows: Rows, training: bool) -> Batch:
-        """Read rows of packed documents."""
-        return read_batch(readers, rows, self.tokenizer["bos"])
+        """Read rows of packed documents; in validation all stands where it stands."""
+        batch = read_batch(readers, rows, self.tokenizer["bos"])
+        return self.places(batch) if training and self.places else batch
 
 
 def read_batch(readers: Mapping[int, Reader], rows: Rows, bos: int) -> Batch:

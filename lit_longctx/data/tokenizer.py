@@ -27,6 +27,10 @@ class Tokenizer(ABC):
     """Id that begins every document."""
     eos: int
     """Id that ends every document."""
+    bos_token: str
+    """Text of BOS."""
+    eos_token: str
+    """Text of EOS."""
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Ids]:
@@ -50,8 +54,8 @@ class ByteTokenizer(Tokenizer):
     """One token per UTF-8 byte, then BOS 256 and EOS 257; needs no file, knows every language."""
 
     vocab_size = 258
-    bos = 256
-    eos = 257
+    bos, bos_token = 256, "<bos>"
+    eos, eos_token = 257, "<eos>"
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """UTF-8 bytes of each text."""
@@ -64,10 +68,11 @@ class ByteTokenizer(Tokenizer):
 
     def save(self, folder: str | Path) -> None:
         """Write the same mapping as a byte-level BPE without merges, with ids equal to bytes."""
-        self._as_bpe().save(str(Path(folder) / "tokenizer.json"))
+        self.as_bpe().save(str(Path(folder) / "tokenizer.json"))
         save_config(Path(folder), FAST, "<bos>", "<eos>")
 
-    def _as_bpe(self) -> tokenizers.Tokenizer:
+    def as_bpe(self) -> tokenizers.Tokenizer:
+        """Return the same as a tokenizer.json would hold it: byte-level BPE without merges."""
         bpe = tokenizers.Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
         bpe.decoder = decoders.ByteLevel()  # pyright: ignore

@@ -18,14 +18,20 @@ from litdata.constants import _NUMPY_DTYPES_MAPPING
 from lit_longctx.data.remote import open_folder
 from lit_longctx.data.storage import ObjectStorage
 
+ANSWER = 2**31
+"""Bit of the ids of answers, in folders of conversations."""
 OPEN_CHUNKS = 5
 """Chunks held open: a group that is shuffled together, and the one its last window runs into."""
 LENGTHS = "lengths.npy"
 """File of a split that holds the tokens of every document."""
+LONG = "long_documents.npy"
+"""File of a split of conversations: where in each a long document begins and ends, in tokens."""
 
 
 class Windows:
     """Windows of `length` + 1 tokens at stride `length` over one split of a prepared folder.
+
+    In a folder of conversations ids have the bit ANSWER where the assistant says them.
 
     Each file's hash is checked when it is first read, so that an altered one stops the run instead
     of training it. A window costs a memory copy; the first of a chunk, its hash (about 1 GB/s) and,
@@ -38,9 +44,16 @@ class Windows:
         split: str,
         length: int,
         storage: ObjectStorage = ObjectStorage(),
+        chat: bool = False,
     ) -> None:
         self.folder, self.split, self.length = folder, split, length
         self.manifest, self.files = open_folder(folder, storage)
+        if bool(self.manifest.get("chat")) != chat:
+            held = ("documents", "conversations")
+            raise ValueError(
+                f"expected {held[chat]} in {folder}; got {held[not chat]}; "
+                f"prepare {'with' if chat else 'without'} --chat true"
+            )
         if split not in self.manifest.get("splits", {}):
             raise ValueError(f"{folder} holds no split {split!r}; make it with lit_longctx prepare")
         self.block: int = self.manifest["block"]
@@ -96,7 +109,14 @@ class Windows:
 
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document in order, BOS and EOS included, uint32."""
-        name = f"{self.split}/{LENGTHS}"
+        return self._array(LENGTHS)
+
+    def long_documents(self) -> np.ndarray:
+        """First token of each conversation's long document and the first behind it, uint32."""
+        return self._array(LONG)
+
+    def _array(self, name: str) -> np.ndarray:
+        name = f"{self.split}/{name}"
         if name not in self.manifest["files"]:
             raise ValueError(f"{self.folder} was prepared by an older version; prepare it again")
         with self.files.open(name) as file:

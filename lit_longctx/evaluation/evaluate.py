@@ -3,7 +3,7 @@
 import json
 from math import isnan
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -18,8 +18,12 @@ from lit_longctx.checkpoint import (
     trained_context,
 )
 from lit_longctx.data.chunks import BLOCK
+from lit_longctx.data.conversations import Conversations
+from lit_longctx.data.remote import open_folder
+from lit_longctx.data.storage import ObjectStorage
 from lit_longctx.data.tokenizer import check_tokenizer, open_tokenizer
 from lit_longctx.data.windows import Windows
+from lit_longctx.evaluation.answers import Answers
 from lit_longctx.evaluation.grid import Grid, Probe
 from lit_longctx.evaluation.held_out import HeldOutLoss
 from lit_longctx.evaluation.measure import Measure, Section
@@ -53,10 +57,11 @@ def evaluate(
         data: Prepared folders; their held-out split is read, and needles are hidden in the first's.
         output: Folder for results.json, tables and figures.
         tasks: What to measure: `loss` by position, source and document length; `perplexity` in
-            sliding windows; or probes: passkey, needle, first_sentence, multi_key, multi_value,
-            multi_query, variable_tracking, common_words, frequent_words.
-        window: Tokens per row of the loss, a multiple of 256.
-        windows: Rows per source, spread evenly over the held-out split.
+            sliding windows; exact `answers` to held-out conversations; or probes: passkey, needle,
+            first_sentence, multi_key, multi_value, multi_query, variable_tracking, common_words,
+            frequent_words, key_values.
+        window: Tokens per row of the loss, and most tokens of a conversation; a multiple of 256.
+        windows: Rows, or conversations, per source; spread evenly over the held-out split.
         sliding: Windows and documents of `perplexity`.
         grid: Lengths and depths of the probes.
         attn_implementation: Attention back end.
@@ -67,11 +72,11 @@ def evaluate(
         What results.json holds.
     """
     device = chosen_device(device)
-    opened = held_out_windows(data, window if "loss" in tasks else BLOCK)
-    measures = {name: measure_named(name, opened, windows, sliding, grid) for name in tasks}
+    held_out = open_held_out(data, window, whole_windows="loss" in tasks)
+    measures = {name: measure_named(name, held_out, windows, sliding, grid) for name in tasks}
     starts = {folder: resolve(folder) for folder in checkpoint}  # hashes a run's checkpoint: once
     for start in starts.values():
-        check_vocabulary(start, opened)
+        check_vocabulary(start, held_out)
     units = [(name, unit) for name, each in measures.items() for unit in each.units()]
     held = Measurements(Path(output))
     values: dict[str, dict[str, list[Any]]] = {name: {} for name in measures}
@@ -105,15 +110,50 @@ def evaluate(
     return result
 
 
+class HeldOut(NamedTuple):
+    """Held-out splits under their folders' names."""
+
+    documents: dict[str, Windows]
+    conversations: dict[str, Conversations]
+
+
+def open_held_out(folders: list[str], window: int, whole_windows: bool) -> HeldOut:
+    """Open prepared folders; `whole_windows` says whether documents must fill one."""
+    found = HeldOut({}, {})
+    for folder in folders:
+        name = Path(folder).resolve().name
+        if name in (*found.documents, *found.conversations):
+            raise ValueError(
+                f"two data folders are named {name}; rename one or evaluate one by one"
+            )
+        if open_folder(folder, ObjectStorage())[0].get("chat"):
+            found.conversations[name] = Conversations(folder, "held_out", window)
+            continue
+        windows = Windows(folder, "held_out", window if whole_windows else BLOCK)
+        if whole_windows and not len(windows):
+            raise ValueError(
+                f"held-out split of {name} is shorter than a window of {window} tokens"
+            )
+        found.documents[name] = windows
+    return found
+
+
 def measure_named(
-    name: str, sources: dict[str, Windows], windows: int, sliding: Slide, grid: Grid
+    name: str, held_out: HeldOut, windows: int, sliding: Slide, grid: Grid
 ) -> Measure:
     """Return what a task's name stands for."""
+    if name == "answers":
+        if not held_out.conversations:
+            raise ValueError("answers needs data prepared with --chat true; got documents alone")
+        return Answers(held_out.conversations, windows, grid.answers == "generated")
+    if not held_out.documents:
+        raise ValueError(f"{name} needs documents; got conversations alone; add their folder")
     if name == "loss":
-        return HeldOutLoss(sources, windows)
+        return HeldOutLoss(held_out.documents, windows)
     if name == "perplexity":
-        return SlidingPerplexity(sources, sliding)
-    return Probe(name, grid, haystack(next(iter(sources.values())), max(grid.lengths)))
+        return SlidingPerplexity(held_out.documents, sliding)
+    first = next(iter(held_out.documents.values()))
+    return Probe(name, grid, haystack(first, max(grid.lengths)))
 
 
 def haystack(held_out: Windows, tokens: int) -> Haystack:
@@ -122,27 +162,11 @@ def haystack(held_out: Windows, tokens: int) -> Haystack:
     return Haystack.of_tokens(coder, held_out.read(0, min(held_out.tokens, 2 * tokens)))
 
 
-def held_out_windows(folders: list[str], window: int) -> dict[str, Windows]:
-    """Open the held-out splits, under their folders' names."""
-    opened: dict[str, Windows] = {}
-    for folder in folders:
-        name = Path(folder).resolve().name
-        if name in opened:
-            raise ValueError(
-                f"two data folders are named {name}; rename one or evaluate one by one"
-            )
-        opened[name] = Windows(folder, "held_out", window)
-        if not len(opened[name]):
-            raise ValueError(
-                f"held-out split of {name} is shorter than a window of {window} tokens"
-            )
-    return opened
-
-
-def check_vocabulary(start: Path, sources: dict[str, Windows]) -> None:
+def check_vocabulary(start: Path, held_out: HeldOut) -> None:
     """Refuse data whose tokens are not the checkpoint's, before anything is measured."""
     config, own = read_model(start)[0], tokenizer_folder(start)
-    for source in sources.values():
+    chats = [each.windows for each in held_out.conversations.values()]
+    for source in [*held_out.documents.values(), *chats]:
         check_tokenizer(source.manifest["tokenizer"], config.vocab_size, own)
 
 

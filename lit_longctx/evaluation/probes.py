@@ -86,10 +86,14 @@ def generated(
     An answer ends after `task.room` tokens, or as many as the right one has if that is more, as
     with bytes.
     """
+    return written(llama, tokenizer, samples, max(task.room, *(len(s.answer_ids) for s in samples)))
+
+
+def written(llama: Llama, tokenizer: Tokenizer, samples: Sequence[Sample], most: int) -> list[str]:
+    """Continue prompts of equal length greedily, by so many tokens at most."""
     lengths = {len(sample.prompt_ids) for sample in samples}
     if len(lengths) != 1:
         raise ValueError(f"prompts of {sorted(lengths)} tokens; generate for one length at a time")
     prompts = torch.from_numpy(np.stack([sample.prompt_ids for sample in samples]))
-    most = max(task.room, *(len(sample.answer_ids) for sample in samples))
     ids = generate(llama, prompts.to(llama.head_weight.device), most, eos=tokenizer.eos)
     return [tokenizer.decode(row.tolist()) for row in ids[:, prompts.shape[1] :].cpu()]

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+import lit_longctx.data.finetuning
 import lit_longctx.data.pretraining  # noqa: F401 - makes the classes known by their short names
 from lit_longctx.checkpoint import newest_whole, read_model, resolve, trained_context
 from lit_longctx.training.callbacks import Checkpoints, KeepTokenizer, ProgressLine

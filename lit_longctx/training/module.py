@@ -4,7 +4,7 @@ from abc import ABC
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, final
 
 import torch
 import torch.distributed as dist
@@ -302,7 +302,9 @@ class LanguageModule(LightningModule, ABC):
         }
 
     def _longest_window(self) -> int | None:
-        """Tokens of the longest window that the run has seen, if the data says."""
+        """Tokens of the longest context that the run has seen, if the data says."""
+        if places := getattr(self._data, "places", None):
+            return places.context
         if not hasattr(self._data, "course"):
             return getattr(self._data, "window", None)
         last = self.course.at(max(0, self.global_step - 1))
@@ -343,5 +345,11 @@ class LanguageModule(LightningModule, ABC):
         return getattr(self._data, "tokenizer_folder", None)
 
 
+@final
 class ContinualPretrain(LanguageModule):
     """Next-token prediction on packed documents, from a checkpoint or from random weights."""
+
+
+@final
+class SFT(LanguageModule):
+    """Next-token prediction on conversations; `FinetuneData` says which targets count how much."""

@@ -54,7 +54,7 @@ def test_two_processes_train_as_one():
 def test_two_processes_validate_as_one():
     one, two = (runs.scalars(ran.folder) for ran in (runs.alone(), runs.together()))
     names = [name for name in one if name.startswith("val/")]
-    assert len(names) == 6  # loss, perplexity, two buckets, two sources
+    assert len(names) == 9  # loss, perplexity, two positions, three lengths, two sources
     for name in names:
         assert len(one[name]) == 3
         found, expected = ([value for _, value in tags[name]] for tags in (two, one))
