@@ -15,7 +15,7 @@ VERBS = {
     "evaluate": "what the longer context is worth: tables and figures for checkpoints",
     "export": "a run's newest checkpoint → Hugging Face folder",
     "generate": "continue a prompt",
-    "synthesize": "make long fine-tuning data (not yet)",
+    "synthesize": "long documents → questions and answers, by a model or from nothing",
     "plan": "memory, FLOPs and time of a config before it runs (not yet)",
     "doctor": "versions, devices and which attention kernels run here",
 }
@@ -75,6 +75,8 @@ def _function(verb: str) -> Callable[..., Any]:
         from lit_longctx.checkpoint import export as function
     elif verb == "generate":
         from lit_longctx.generate import generate_text as function
+    elif verb == "synthesize":
+        from lit_longctx.synthesize import synthesize as function
     elif verb == "doctor":
         from lit_longctx.doctor import doctor as function
     else:

@@ -134,3 +134,16 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
     for name, expected in list(manifest["files"].items())[part::parts]:
         check_file(folder, name, expected)
     return manifest
+
+
+def short_hash(content: Any) -> str:
+    """Short hash of anything JSON can say."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def identity(folder: Path) -> str:
+    """Short hash of what a folder holds: of its manifest, or of its files' sizes and times."""
+    if (folder / NAME).is_file():
+        return short_hash(read(folder))
+    files = [(path, path.stat()) for path in files_of(folder)]
+    return short_hash([(str(p.relative_to(folder)), s.st_size, s.st_mtime_ns) for p, s in files])

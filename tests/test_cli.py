@@ -87,7 +87,7 @@ def test_debug_shows_the_traceback():
     ("arguments", "culprits"),
     [
         (["fly"], ["verb 'fly' unknown", "fit, validate, test, prepare"]),
-        (["synthesize"], ["synthesize is not there yet"]),
+        (["synthesize"], ["required", "task"]),
         (["plan", "--config", "x"], ["plan is not there yet"]),
         (["fit"], ["required", "model"]),
         (["fit", "--config", "nowhere.yaml"], ["nowhere.yaml"]),

@@ -32,6 +32,13 @@ CHECKPOINTS = {
         "max_position_embeddings": 4096,
         "rope_theta": 10_000.0,
     },
+    "checkpoints/llama2-7b-64k": {
+        **LLAMA,
+        "vocab_size": 32_000,
+        "intermediate_size": 11_008,
+        "max_position_embeddings": 65_536,
+        "rope_theta": 2_000_000.0,
+    },
     "checkpoints/llama3-8b-instruct": {
         **LLAMA,
         "vocab_size": 128_256,
@@ -61,7 +68,8 @@ def config_json(checkpoint):
     """What the checkpoint's config.json would say."""
     if checkpoint in CHECKPOINTS:
         return CHECKPOINTS[checkpoint]
-    return CONTENT[Path(checkpoint).name]["model"]["init_args"]["config"]
+    model = CONTENT[Path(checkpoint).name]["model"]["init_args"]
+    return model["config"] if "config" in model else config_json(model["checkpoint"])
 
 
 @pytest.fixture

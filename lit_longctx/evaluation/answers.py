@@ -7,9 +7,10 @@ import numpy as np
 from lit_longctx.data.conversations import Conversations
 from lit_longctx.data.tokenizer import open_tokenizer
 from lit_longctx.evaluation.intervals import Sums
-from lit_longctx.evaluation.measure import Comparison, Measure, Section, Unit, digest
+from lit_longctx.evaluation.measure import Comparison, Measure, Section, Unit
 from lit_longctx.evaluation.probes import forced, written
 from lit_longctx.evaluation.prompts import Sample
+from lit_longctx.manifest import short_hash
 from lit_longctx.model import Llama
 
 
@@ -32,7 +33,7 @@ class Answers(Measure):
         return [
             {
                 "source": name,
-                "data": digest(source.windows.manifest),
+                "data": short_hash(source.windows.manifest),
                 "window": source.window,
                 "at": int(at),
                 "generate": self.generate,

@@ -27,10 +27,10 @@ from lit_longctx.evaluation.answers import Answers
 from lit_longctx.evaluation.grid import Grid, Probe
 from lit_longctx.evaluation.held_out import HeldOutLoss
 from lit_longctx.evaluation.measure import Measure, Section
-from lit_longctx.evaluation.measurements import Measurements, identity
 from lit_longctx.evaluation.prompts import Haystack
 from lit_longctx.evaluation.sliding import Slide, SlidingPerplexity
-from lit_longctx.manifest import write_text
+from lit_longctx.journal import Journal
+from lit_longctx.manifest import identity, write_text
 from lit_longctx.model import chosen_device
 
 
@@ -78,30 +78,29 @@ def evaluate(
     for start in starts.values():
         check_vocabulary(start, held_out)
     units = [(name, unit) for name, each in measures.items() for unit in each.units()]
-    held = Measurements(Path(output))
     values: dict[str, dict[str, list[Any]]] = {name: {} for name in measures}
-    for folder, start in starts.items():
-        known = {
-            "version": lit_longctx.__version__,
-            "checkpoint": folder,
-            "holds": identity(start),
-            "attn_implementation": attn_implementation,
-            "dtype": dtype,
-            "device": device,
-        }
-        asked = [({**known, "task": name, **unit}, name, unit) for name, unit in units]
-        missing = [each for each in asked if each[0] not in held]
-        if len(missing) < len(asked):
-            print(
-                f"{folder}: {len(asked) - len(missing)} of {len(asked)} values are in {held.path}"
-            )
-        if missing:
-            llama = load_pretrained(start, attn_implementation=attn_implementation)
-            llama = llama.to(device, getattr(torch, dtype)).eval()
-            for of, name, unit in tqdm(missing, desc=folder, disable=None):
-                held.add(of, measures[name].measure(llama, unit))
-        for of, name, _ in asked:
-            values[name].setdefault(folder, []).append(held[of])
+    with Journal(Path(output) / "measurements.jsonl") as held:
+        for folder, start in starts.items():
+            known = {
+                "version": lit_longctx.__version__,
+                "checkpoint": folder,
+                "holds": identity(start),
+                "attn_implementation": attn_implementation,
+                "dtype": dtype,
+                "device": device,
+            }
+            asked = [({**known, "task": name, **unit}, name, unit) for name, unit in units]
+            missing = [each for each in asked if each[0] not in held]
+            if len(missing) < len(asked):
+                had = len(asked) - len(missing)
+                print(f"{folder}: {had} of {len(asked)} values are in {held.path}")
+            if missing:
+                llama = load_pretrained(start, attn_implementation=attn_implementation)
+                llama = llama.to(device, getattr(torch, dtype)).eval()
+                for of, name, unit in tqdm(missing, desc=folder, disable=None):
+                    held.add(of, measures[name].measure(llama, unit))
+            for of, name, _ in asked:
+                values[name].setdefault(folder, []).append(held[of])
     trained = trained_context(starts[checkpoint[0]])
     sections = [each.report(values[name], trained) for name, each in measures.items()]
     result = write(sections, {"trained_context": trained}, Path(output))

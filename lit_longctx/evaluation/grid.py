@@ -9,9 +9,10 @@ from jaxtyping import Float
 
 from lit_longctx import plots
 from lit_longctx.evaluation.intervals import Sums
-from lit_longctx.evaluation.measure import Comparison, Measure, Section, Unit, digest
+from lit_longctx.evaluation.measure import Comparison, Measure, Section, Unit
 from lit_longctx.evaluation.probes import forced, generated, task_named
 from lit_longctx.evaluation.prompts import Haystack, Sample
+from lit_longctx.manifest import short_hash
 from lit_longctx.model import Llama
 
 
@@ -57,7 +58,7 @@ class Probe(Measure):
         for length in self.grid.lengths:
             self.task.sample(self.hay, length, self.depths[0], self.grid.seed)  # if it has room
         settings = {**vars(self.task), "answers": self.grid.answers}
-        hay = digest([self.hay.text, self.hay.tokenizer.fingerprint])
+        hay = short_hash([self.hay.text, self.hay.tokenizer.fingerprint])
         return [
             {"length": length, "depth": float(depth), "seed": seed, "hay": hay, **settings}
             for length in self.grid.lengths

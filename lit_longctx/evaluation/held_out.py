@@ -11,9 +11,10 @@ from lit_longctx import plots
 from lit_longctx.batch import pack
 from lit_longctx.data.windows import Windows
 from lit_longctx.evaluation.intervals import Interval, Sums, paired_differences
-from lit_longctx.evaluation.measure import Comparison, Measure, Section, Unit, digest, signed
+from lit_longctx.evaluation.measure import Comparison, Measure, Section, Unit, signed
 from lit_longctx.evaluation.metrics import LossByPosition
 from lit_longctx.evaluation.scaling import Extrapolation, extrapolate
+from lit_longctx.manifest import short_hash
 from lit_longctx.model import Llama
 
 SOURCE, LENGTH, POSITION = 1, 2, 3
@@ -38,7 +39,7 @@ class HeldOutLoss(Measure):
         return [
             {
                 "source": name,
-                "data": digest(source.manifest),
+                "data": short_hash(source.manifest),
                 "window": source.length,
                 "at": int(at),
             }

@@ -1,7 +1,5 @@
 """What all measures share: units measured one by one, and checkpoints set side by side."""
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,10 +7,11 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from lit_longctx.evaluation.intervals import Interval, Sums, paired_differences
+from lit_longctx.journal import Of
 from lit_longctx.model import Llama
 
-Unit = dict[str, Any]
-"""What decides one value, besides the checkpoint; JSON can say it."""
+Unit = Of
+"""What decides one value, besides the checkpoint."""
 
 
 class Section(NamedTuple):
@@ -89,8 +88,3 @@ def signed(difference: Interval, digits: int = 4) -> str:
     mean, low, high = difference
     interval = f" [{low:+.{digits}f}, {high:+.{digits}f}]" if low == low else ""
     return f"{mean:+.{digits}f}{interval}"
-
-
-def digest(content: Any) -> str:
-    """Short hash of anything JSON can say."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

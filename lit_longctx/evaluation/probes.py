@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from lit_longctx.batch import NO_TARGET, pack
 from lit_longctx.data.tokenizer import Tokenizer
+from lit_longctx.evaluation.key_values import KeyValues
 from lit_longctx.evaluation.prompts import Sample
 from lit_longctx.evaluation.ruler import (
     CommonWords,
@@ -32,6 +33,7 @@ TASKS: dict[str, type[Task]] = {
     "variable_tracking": VariableTracking,
     "common_words": CommonWords,
     "frequent_words": FrequentWords,
+    "key_values": KeyValues,
 }
 """Every task by the name it has on the command line."""
 

@@ -11,8 +11,9 @@ from lit_longctx import plots
 from lit_longctx.data.tokenizer import open_tokenizer
 from lit_longctx.data.windows import Windows
 from lit_longctx.evaluation.intervals import Sums
-from lit_longctx.evaluation.measure import Comparison, Measure, Section, Unit, digest, signed
+from lit_longctx.evaluation.measure import Comparison, Measure, Section, Unit, signed
 from lit_longctx.evaluation.perplexity import Sliding, perplexity, slide
+from lit_longctx.manifest import short_hash
 from lit_longctx.model import Llama
 
 
@@ -60,7 +61,7 @@ class SlidingPerplexity(Measure):
         return [
             {
                 "source": name,
-                "data": digest(source.manifest),
+                "data": short_hash(source.manifest),
                 "begin": begin,
                 "tokens": self.how.length,
                 "window": window,

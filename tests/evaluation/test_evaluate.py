@@ -258,7 +258,7 @@ def test_what_is_known_is_not_measured_again_but_what_has_changed_is(
 
 def test_an_altered_line_is_named(models: dict[str, Llama], data: list[str], tmp_path: Path):
     (tmp_path / "measurements.jsonl").write_text('{"of": {}, "value": 1}\n{"of": 3\n')
-    with pytest.raises(ValueError, match=r"measurements.jsonl is altered: line 2 is no"):
+    with pytest.raises(ValueError, match=r"measurements.jsonl is altered: line 2 holds no"):
         evaluate(list(models), data, str(tmp_path), window=WINDOW)
 
 

@@ -182,6 +182,9 @@ def answers_by_search(name, text):
         while after := [name for name, found in held.items() if found == f"VAR {chain[-1]}"]:
             chain += after
         return chain
+    if name == "key_values":
+        (asked,) = re.findall(r" (\w+):$", text)
+        return [number for key, number in re.findall(r"(\w+): (\d\d)", text) if key == asked]
     if name == "common_words":
         words = text.split("others. ")[1].split(" Which")[0].split()
         counts = Counter(words).most_common(11)
@@ -354,6 +357,7 @@ SECRETS = {
     "multi_query": "7701470",
     "variable_tracking": "GOKUZ",
     "frequent_words": "nesopu",
+    "key_values": "53",
 }
 
 

@@ -1,0 +1,85 @@
+"""Values that are dear to get: kept a line at a time, so that work that was stopped goes on."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Of = dict[str, Any]
+"""All that decides a value; JSON can say it."""
+
+
+class Journal:
+    """Values by what decides them, a line of a file each, on the disk before they are used.
+
+    What anything else decides is not found, and got anew. A line torn by a stop is dropped. One
+    process at a time. Costs an fsync per value.
+
+    Args:
+        path: The file; made with its folder if it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.values: dict[str, Any] = {}
+        self.file = path.open("a+b", buffering=0)
+        try:
+            self._lock()
+            self._read()
+        except BaseException:
+            self.file.close()
+            raise
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{self.path} is in use by another run; wait for it or choose another output"
+            ) from None
+
+    def _read(self) -> None:
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        self.file.truncate(whole)
+        for number, line in enumerate(content[:whole].splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                self.values[_key(entry["of"])] = entry["value"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{self.path} is altered: line {number} holds no value; remove that line"
+                ) from None
+
+    def __contains__(self, of: Of) -> bool:
+        """Whether the value is here."""
+        return _key(of) in self.values
+
+    def __getitem__(self, of: Of) -> Any:
+        """Return the value."""
+        return self.values[_key(of)]
+
+    def add(self, of: Of, value: Any) -> None:
+        """Keep a value; it is on the disk when this returns."""
+        line = json.dumps({"of": of, "value": value}, allow_nan=False).encode() + b"\n"
+        end = self.file.seek(0, os.SEEK_END)
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(f"{self.path} cannot grow; make room on its disk and start again")
+            os.fsync(self.file.fileno())
+        except OSError:
+            self.file.truncate(end)  # else the next value would stand behind half a line
+            raise
+        self.values[_key(of)] = value
+
+
+def _key(of: Of) -> str:
+    return json.dumps(of, sort_keys=True)

@@ -1,0 +1,260 @@
+"""Chunks, replies that are kept, and what is read out of them; no model is asked."""
+
+import random
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+from lit_longctx.data import self_instruct
+from lit_longctx.data.documents import Document
+from lit_longctx.data.self_instruct import (
+    STYLES,
+    Generator,
+    Interview,
+    Passage,
+    Replies,
+    Reply,
+    Tally,
+    Unanswered,
+    draw,
+    in_order,
+    question_and_answer,
+    verdict,
+)
+
+TEXT = "".join(random.Random(0).choices("abcdefgh ", k=5000))
+
+
+# ---- chunks
+
+
+def test_a_chunk_is_decided_by_seed_document_and_number_alone():
+    passage = draw(Document(TEXT, "a"), 0, 100, seed=3)
+    assert draw(Document(TEXT, "a"), 0, 100, seed=3) == passage
+    others = [
+        draw(Document(TEXT, "b"), 0, 100, seed=3),
+        draw(Document(TEXT, "a"), 1, 100, seed=3),
+        draw(Document(TEXT, "a"), 0, 100, seed=4),
+    ]
+    assert all(other.span != passage.span for other in others)
+    # pinned: another chunk for the same seed would ask paid replies anew
+    assert (passage.span, passage.style) == ((3698, 3798), "long")
+
+
+def test_chunks_lie_anywhere_and_both_styles_are_as_frequent():
+    passages = [draw(Document(TEXT, str(i)), 0, 1000, seed=0) for i in range(2000)]
+    assert all(len(p.text) == 1000 and p.text == TEXT[p.span[0] :][:1000] for p in passages)
+    begins = [p.span[0] for p in passages]
+    assert min(begins) < 20
+    assert 3980 < max(begins) <= 4000
+    quarters = Counter(begin // 1001 for begin in begins)
+    assert all(430 < quarters[i] < 570 for i in range(4))
+    styles = Counter(p.style for p in passages)
+    assert set(styles) == set(STYLES)
+    assert all(900 < count < 1100 for count in styles.values())
+
+
+def test_of_a_document_shorter_than_a_chunk_all_is_taken():
+    assert draw(Document("short", "a"), 0, 4096, seed=0).text == "short"
+
+
+# ---- what is read out of replies
+
+
+@pytest.mark.parametrize(
+    ("reply", "found"),
+    [
+        ("<question>Who?</question>\n<answer>Ada.</answer>", ("Who?", "Ada.")),
+        (
+            "Sure!\n<question>\n Who\nis? </question> and <answer>A {b}</answer>.",
+            ("Who\nis?", "A {b}"),
+        ),
+        ("<question>Who?</question><answer>cut off", "no question and answer in the reply"),
+        ("Who? Ada.", "no question and answer in the reply"),
+        ("<question>a</question><question>b</question><answer>c</answer>", "no question and"),
+        ("<question>Who?</question><answer> </answer>", "empty question or answer"),
+        ("<question></question><answer>Ada</answer>", "empty question or answer"),
+        ("<question>\ud800</question><answer>Ada</answer>", "lone surrogate"),
+    ],
+)
+def test_question_and_answer_are_read_or_refused(reply, found):
+    if isinstance(found, tuple):
+        assert question_and_answer(reply) == found
+    else:
+        with pytest.raises(Unanswered, match=f"^{found}"):
+            question_and_answer(reply)
+
+
+def test_the_last_verdict_counts():
+    assert verdict("Right. <verdict>yes</verdict>")
+    assert not verdict("<verdict>yes</verdict>, or rather <verdict> NO </verdict>")
+    for reply in ("yes", "<verdict>maybe</verdict>", "<verdict>yes"):
+        with pytest.raises(Unanswered, match="no verdict"):
+            verdict(reply)
+
+
+# ---- replies
+
+
+def test_a_reply_is_asked_for_once(tmp_path):
+    path, asked = tmp_path / "new" / "x.asked", []
+
+    def ask():
+        asked.append(1)
+        return Reply("text \ud800 ü\n", 3, 4)
+
+    for run in range(2):
+        with Replies(path) as replies:
+            for _ in range(2):
+                assert replies.recall({"b": 1, "a": "ü"}, ask) == ("text \ud800 ü\n", 3, 4)
+            assert list(replies.spent.values()) == [1 - run, 1 + run, 6, 8]
+    assert len(asked) == len(path.read_bytes().splitlines()) == 1
+
+
+# ---- the interview
+
+
+class Parrot(Generator):
+    """Replies what it is told to, and remembers what it was asked."""
+
+    def __init__(self, *replies, **identity):
+        self.replies, self.asked, self.known = list(replies), [], identity
+
+    def identity(self):
+        return self.known
+
+    def complete(self, prompt, seed):
+        self.asked.append((prompt, seed))
+        return Reply(self.replies.pop(0))
+
+
+GOOD = "<question>Who {x}?</question><answer>Ada {y}</answer>", "Fine. <verdict>yes</verdict>"
+
+
+def test_a_row_says_what_it_is_made_of(tmp_path):
+    passage = draw(Document(TEXT + "{brace}", "book"), 1, 300, seed=5)
+    parrot = Parrot(*GOOD, model="m")
+    with Replies(tmp_path / "x.asked") as replies:
+        row = Interview(parrot, replies, 5).row(passage)
+    assert row
+    assert (row["id"], row["document"]) == ("book#1", TEXT + "{brace}")
+    assert (row["question"], row["answer"]) == ("Who {x}?", "Ada {y}")
+    assert (row["critique"], row["model"], row["seed"]) == (GOOD[1], {"model": "m"}, 5)
+    (first, _), (second, _) = parrot.asked
+    begin, end = row["chunk"]
+    assert first.endswith(f"\nPassage:\n{row['document'][begin:end]}")
+    prompts = row["prompts"]
+    shown = row["document"][begin:end]
+    assert first == prompts["question"].format(style=prompts["style"], passage=shown)
+    assert second == prompts["critique"].format(
+        passage=shown, question="Who {x}?", answer="Ada {y}"
+    )
+    assert prompts["style"] == STYLES[row["style"]]
+
+
+def test_whatever_decides_a_request_makes_it_a_new_one(tmp_path):
+    passage, identity = Passage(Document(TEXT, "book"), 0, (10, 310), "long"), {"model": "m"}
+    settings = [
+        (passage, 0, identity),
+        (passage, 1, identity),
+        (passage, 0, {"model": "n"}),
+        (passage._replace(document=Document(TEXT, "other")), 0, identity),
+        (passage._replace(document=Document(TEXT[::-1], "book")), 0, identity),
+        (passage._replace(number=1), 0, identity),
+        (passage._replace(span=(10, 311)), 0, identity),
+        (passage._replace(style="short"), 0, identity),
+    ]
+    seeds = []
+    with Replies(tmp_path / "x.asked") as replies:
+        for expected in (2, 0):
+            for passage, seed, identity in settings:
+                parrot = Parrot(*GOOD, **identity)
+                assert Interview(parrot, replies, seed).row(passage)
+                assert len(parrot.asked) == expected
+                seeds += [seed for _, seed in parrot.asked]
+    assert len(set(seeds)) == len(seeds) == 2 * len(settings)
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_an_answer_that_is_taken_back_makes_no_row(tmp_path):
+    with Replies(tmp_path / "x.asked") as replies:
+        parrot = Parrot(GOOD[0], "Wrong: <verdict>no</verdict>")
+        assert Interview(parrot, replies, 0).row(draw(Document(TEXT, "a"), 0, 9, 0)) is None
+        with pytest.raises(Unanswered, match=r"^empty reply$"):
+            Interview(Parrot(GOOD[0], " "), replies, 0).row(draw(Document(TEXT, "b"), 0, 9, 0))
+
+
+# ---- threads
+
+
+def test_results_come_in_order_from_no_more_threads_than_allowed():
+    busy, most, lock = 0, 0, threading.Lock()
+
+    def work(i):
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        time.sleep(0.02 if i % 5 else 0.06)
+        with lock:
+            busy -= 1
+        return i * i
+
+    with in_order(work, iter(range(20)), 3) as results:
+        assert [(i, future.result()) for i, future in results] == [(i, i * i) for i in range(20)]
+    assert most == 3
+
+
+def test_items_are_taken_a_few_at_a_time_and_nothing_begins_after_leaving():
+    taken, done = [], []
+
+    def items():
+        for i in range(1000):
+            taken.append(i)
+            yield i
+
+    def work(i):
+        time.sleep(0.01)
+        done.append(i)
+
+    with in_order(work, items(), 2) as results:
+        next(results)[1].result()
+    finished = len(done)
+    assert len(taken) == 2 * self_instruct.AHEAD
+    assert finished < len(taken)
+    time.sleep(0.05)
+    assert len(done) == finished
+
+
+# ---- the report
+
+
+def test_too_many_failures_stop_the_run_but_not_the_first_few():
+    tally = Tally(tolerated=0.25, kept=15)
+    for i in range(5):
+        tally.fail(f"book#{i}", Unanswered("HTTP 500", "over\nloaded"))
+    tally.check()
+    message = (
+        r"^6 of 21 questions failed \(tolerated: 25\.0%\), most often by HTTP 500 \(6, first "
+        r"book#0: over\\nloaded\); replies are kept: mend it and start again, or raise "
+    )
+    with pytest.raises(ValueError, match=message):
+        tally.fail("book#9", Unanswered("HTTP 500"))
+    few = Tally(tolerated=0.0)
+    few.fail("book#0", Unanswered("timeout"))
+    with pytest.raises(ValueError, match=r"^1 of 1 questions failed .* first book#0\)"):
+        few.check()
+
+
+def test_the_report_adds_up():
+    tally = Tally(1.0, 7, Counter({"shorter than 9 characters": 2}), 3, 1)
+    tally.fail("a#0", Unanswered("timeout"))
+    tally.costs = {"requests": 1234}
+    assert tally.report().splitlines() == [
+        "7 documents: 3 rows kept, 1 filtered by critique, 1 failed",
+        "  passed over 2: shorter than 9 characters",
+        "  failed 1: timeout, first a#0",
+        "  1,234 requests",
+    ]
