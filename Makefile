@@ -1,10 +1,10 @@
-# make quickstart | test | slow | check | clean — everything happens in .venv
+# make quickstart | sft_quickstart | test | slow | check | clean — everything happens in .venv
 PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
 BIN = .venv/bin
 RUN = $(BIN)/lit_longctx
 
-.PHONY: quickstart test slow check venv clean
+.PHONY: quickstart sft_quickstart test slow check venv clean
 
 # one install for everything: `make test` after `make quickstart` finds nothing left to do
 venv: .venv/installed
@@ -21,6 +21,16 @@ quickstart: venv
 	$(RUN) fit --config config/quickstart.yaml
 	$(RUN) evaluate --config config/quickstart_evaluate.yaml
 	$(RUN) export --checkpoint runs/quickstart --output exports/quickstart
+
+sft_quickstart: venv
+	rm -rf data/sft_quickstart data/sft_*.jsonl* runs/sft_quickstart runs/sft_quickstart_input_loss
+	$(RUN) synthesize --config config/sft_quickstart_synthesize.yaml
+	$(RUN) synthesize --config config/sft_quickstart_synthesize.yaml --task.kind Table --output data/sft_tables.jsonl
+	$(RUN) prepare --config config/sft_quickstart_prepare.yaml
+	$(RUN) fit --config config/sft_quickstart.yaml
+	$(RUN) fit --config config/sft_quickstart.yaml --data.init_args.input_loss 1 \
+	    --trainer.default_root_dir runs/sft_quickstart_input_loss
+	$(RUN) evaluate --config config/sft_quickstart_evaluate.yaml
 
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile

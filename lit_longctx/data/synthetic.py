@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from string import ascii_letters, ascii_lowercase
+from string import ascii_letters
 from typing import TypedDict, TypeVar, final
 
 HEAD = "Keys and values:"
@@ -181,10 +181,10 @@ def key_value(key: str, value: str) -> str:
 
 
 def keys(seeded: random.Random) -> Iterator[str]:
-    """All words of two letters in random order, then of three, and so on; some are capitalised."""
+    """All words of two letters, small or capital, in random order, then of three, and so on."""
     words = list(ascii_letters)
     for _ in count():
-        words = [word + letter for word in words for letter in ascii_lowercase]
+        words = [word + letter for word in words for letter in ascii_letters]
         yield from seeded.sample(words, len(words))
 
 

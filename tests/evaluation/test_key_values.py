@@ -41,7 +41,7 @@ def hay(request, tmp_path_factory):
 def lines_of(hay, sample):
     """First line, whole lines as pairs, and question."""
     first, *lines, question = hay.tokenizer.decode(sample.prompt_ids.tolist()).split("\n")
-    whole = [line for line in lines if re.fullmatch(r"[A-Za-z][a-z]{1,2}: \d\d", line)]
+    whole = [line for line in lines if re.fullmatch(r"[A-Za-z]{2,3}: \d\d", line)]
     pairs = [tuple(line.split(": ")) for line in whole]
     assert len(lines) - len(pairs) <= 1, "more than one line is cut short"
     return first, pairs, question

@@ -357,7 +357,7 @@ SECRETS = {
     "multi_query": "7701470",
     "variable_tracking": "GOKUZ",
     "frequent_words": "nesopu",
-    "key_values": "53",
+    "key_values": "88",
 }
 
 
