@@ -145,5 +145,5 @@ def identity(folder: Path) -> str:
     """Short hash of what a folder holds: of its manifest, or of its files' sizes and times."""
     if (folder / NAME).is_file():
         return short_hash(read(folder))
-    files = [(path, path.stat()) for path in files_of(folder)]
-    return short_hash([(str(p.relative_to(folder)), s.st_size, s.st_mtime_ns) for p, s in files])
+    files = [(p.name, p.stat()) for p in sorted(folder.iterdir()) if p.is_file()]
+    return short_hash([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])

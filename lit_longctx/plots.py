@@ -190,7 +190,7 @@ def heat_map(
 
     Args:
         lengths: Tokens of the prompts.
-        depths: Percent of the context before the needle; a task without depth has one row.
+        depths: Percent of the context before the needle; none for a task without depth.
         scores: Mean score of each length (outer) and depth, by checkpoint.
     """
     width = 1.2 + 0.6 * len(lengths)
@@ -200,7 +200,7 @@ def heat_map(
         by_depth = list(zip(*values, strict=True))
         image = axes.imshow(by_depth, cmap="RdYlGn", vmin=0.0, vmax=1.0, aspect="auto")
         axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45, ha="right")
-        rows = [f"{depth:g} %" for depth in depths] if len(by_depth) > 1 else ["any"]
+        rows = [f"{depth:g} %" for depth in depths] or ["any"]
         axes.set_yticks(range(len(by_depth)), rows)
         axes.set_title(f"{name}: {sum(map(sum, values)) / sum(map(len, values)):.2f}")
         axes.set_xlabel("tokens of the prompt")

@@ -66,8 +66,8 @@ class ChatTemplate:
         An answer is the message, the whitespace that the template puts between the prompt for
         generation and it, and the next special token, by which the model learns to stop. Where
         there is none before the next message, it is the message alone; at the end EOS is added. A
-        token belongs to where its first character is. Within a conversation the template may write
-        BOS again (Llama 2 does): BOS does not tell where a conversation begins.
+        token belongs to where its first character is that is no space. Within a conversation the
+        template may write BOS again (Llama 2 does): BOS does not tell where one begins.
 
         Raises:
             Malformed: The template refuses the messages, or does not show each as it is, but for
@@ -80,6 +80,11 @@ class ChatTemplate:
         owners = np.clip(np.searchsorted(edges, starts, "right") - 1, 0, len(pieces) - 1)
         said = self._said(pieces)
         kinds = np.array([piece.kind for piece in pieces])
+        lasts = np.clip(np.searchsorted(edges, stops - 1, "right") - 1, 0, len(pieces) - 1)
+        for at in np.flatnonzero((kinds[owners] == "template") & (kinds[lasts] == "answer")):
+            piece = pieces[owners[at]].text
+            if not piece[starts[at] - edges[owners[at]] :].strip(" "):
+                owners[at] = lasts[at]  # " Yes": the space is the template's, the word is said
         inside = (kinds[owners] == "document") & (stops <= edges[owners + 1])
         unended = bool(said[-1]) and kinds[-1] != "special"
         return self._bordered(np.array(ids, dtype=np.int32), said[owners], inside, unended)

@@ -16,6 +16,9 @@ from lit_longctx.data.faults import Broken
 FIELDS = ("messages", "conversations", "document", "question", "answer")
 FIELDS += ("instruction", "input", "output", "id")
 """Fields that the formats read, for readers of tables."""
+UNREAD = ("system", "history", "tools")
+"""Fields that would change what is said, and have no place in a conversation here."""
+FIELDS += UNREAD
 SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
 """ShareGPT's names of the roles."""
 
@@ -75,6 +78,8 @@ def conversation(row: Any, name: str, source: str) -> Conversation:
     parse = next((parse for key, parse in FORMATS.items() if row.get(key) is not None), None)
     if parse is None:
         raise Malformed("unknown format")
+    if unread := next((name for name in UNREAD if row.get(name)), None):
+        raise Malformed(f"field {unread} is not read")
     messages, document = parse(row)
     check_turns(messages)
     key = row.get("id")
@@ -121,6 +126,8 @@ def _messages(found: Any, role: str, content: str, names: dict[str, str]) -> tup
         raise Malformed("messages are no list")
     if not all(isinstance(message, dict) for message in found):
         raise Malformed("message is no object")
+    if any(message.get("weight", 1) not in (1, None) for message in found):
+        raise Malformed("message weights")
     if any(message.get("tool_calls") for message in found):
         raise Malformed("tool calls")
     return tuple(

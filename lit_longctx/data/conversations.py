@@ -59,8 +59,9 @@ def rendered(
 
 
 def set_apart_by(found: Conversation) -> str:
-    """Name by which a conversation is held out: all questions on one document are, or none."""
-    return found.messages[0].content[: found.document] or found.id
+    """Text by which a conversation is held out: its document or first question, with all others."""
+    asked = next(message.content for message in found.messages if message.role == "user")
+    return asked[: found.document or None]
 
 
 class Conversations:
@@ -74,8 +75,9 @@ class Conversations:
     ) -> None:
         self.windows = Windows(folder, split, window, storage, chat=True)
         self.window = window
-        lengths = self.windows.document_lengths().astype(np.int64)
-        long = self.windows.long_documents().astype(np.int64)
+        held = self.windows.manifest["splits"][split]["documents"]
+        lengths = self.windows.document_lengths().astype(np.int64) if held else np.zeros(0, int)
+        long = self.windows.long_documents().astype(np.int64) if held else np.zeros((0, 2), int)
         over = (lengths - window).clip(0)
         fits = (over == 0) | (over < long[:, 1] - long[:, 0])
         self.left_out = int((~fits).sum())

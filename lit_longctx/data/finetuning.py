@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from lit_longctx.batch import NO_TARGET, Batch, pack
+from lit_longctx.checkpoint import CHAT_TEMPLATE
 from lit_longctx.data.conversations import ConversationRows, Conversations
 from lit_longctx.data.order import Order
 from lit_longctx.data.places import Places
@@ -16,6 +17,7 @@ from lit_longctx.data.steps import Rows, StepData
 from lit_longctx.data.storage import ObjectStorage
 from lit_longctx.data.weights import Mean, weigh
 
+TEMPLATE = f"tokenizer/{CHAT_TEMPLATE}"
 WIDTH = 64
 """Micro-batches are cut to their longest row, rounded up to so many tokens."""
 
@@ -78,6 +80,11 @@ class FinetuneData(StepData):
             raise ValueError(
                 "sources need a weight each, or none of them one; and there must be a source"
             )
+        if held_out_windows < 0 or min(micro_batch_size, batch_tokens) < 1:
+            raise ValueError(
+                "expected micro_batch_size and batch_tokens of 1 or more, held_out_windows of 0 or "
+                f"more; got {micro_batch_size}, {batch_tokens} and {held_out_windows}"
+            )
         if not 0 <= input_loss <= 1:
             raise ValueError(f"expected an input_loss between 0 and 1; got {input_loss}")
         if sorted and any(source.packing != "none" for source in sources.values()):
@@ -96,9 +103,20 @@ class FinetuneData(StepData):
             [Stage(ENDLESS, window, batch_tokens, micro_batch_size, weights or None)]
         )
         self.window = window
-        opened = {name: self._open(name, "train") for name in sources}
-        first, *others = (each.windows for each in opened.values())
+        opened = [self._open(name, "train") for name in sources]
+        longest = max(int(each.lengths.max()) for each in opened)
+        if places and longest > places.context:
+            raise ValueError(
+                f"places know {places.context} tokens, a conversation has {longest}; raise them or "
+                "shorten the window"
+            )
+        first, *others = (each.windows for each in opened)
         self.tokenizer = first.manifest["tokenizer"]
+        told = [each.windows.manifest["files"].get(TEMPLATE) for each in opened]
+        if any(other != told[0] for other in told):
+            raise ValueError(
+                "sources were prepared with different chat templates; prepare all with one"
+            )
         self.tokenizer_folder = first.tokenizer_folder
         if any(other.manifest["tokenizer"] != self.tokenizer for other in others):
             raise ValueError(
@@ -107,7 +125,7 @@ class FinetuneData(StepData):
 
     def _open(self, name: str, split: str) -> Conversations:
         found = Conversations(self.sources[name].folder, split, self.window, self.storage)
-        if not len(found):
+        if split == "train" and not len(found):
             raise ValueError(f"source {name}, {split}: no conversation fits {self.window} tokens")
         return found
 

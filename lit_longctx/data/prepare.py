@@ -69,7 +69,8 @@ def prepare(
         tokenizer: `bytes`, a tokenizer.json, a sentencepiece tokenizer.model or a folder that
             holds one.
         source: Name of the source in reports; default: the output folder's name.
-        held_out: Share of documents kept for evaluation, chosen by a hash of their names.
+        held_out: Share of documents kept for evaluation, chosen by a hash of their names; of
+            conversations, by that of their document or first question.
         chunk_tokens: Tokens per chunk file, a multiple of 256; windows cannot be longer.
         bos: Token that begins documents; default: tokenizer_config.json's.
         eos: Token that ends documents; default: tokenizer_config.json's.
@@ -88,6 +89,8 @@ def prepare(
     Returns:
         The manifest; None if parts are still missing.
     """
+    if chat and (executor or filter or interleave or parts > 1):
+        raise ValueError("conversations are prepared in one part, without filter and interleave")
     if executor:
         settings = {name: value for name, value in locals().items() if name not in OWN}
         settings |= {"input": anywhere(input), "tokenizer": anywhere(tokenizer)}
@@ -100,8 +103,6 @@ def prepare(
     coder = open_tokenizer(tokenizer, bos, eos)
     faults = Faults(tolerated)
     template = ChatTemplate(coder, chat_template) if chat else None
-    if template and (filter or interleave or parts > 1):
-        raise ValueError("conversations are prepared in one part, without filter and interleave")
     with manifest.whole_folder(Path(output)) as folder:
         about = described(coder)
         if filter:

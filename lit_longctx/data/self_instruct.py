@@ -161,7 +161,7 @@ class Replies:
         known = of in self.journal
         reply = Reply(*self.journal[of]) if known else ask()
         with self.lock:
-            if not known:
+            if not known and reply.text.strip():  # an empty one is asked again
                 self.journal.add(of, reply)
             self.spent.update(dict(zip(SPENT, (not known, known, *reply[1:]), strict=True)))
         return reply

@@ -38,6 +38,7 @@ class StepData(LightningDataModule, ABC):
     held_out_windows: int
     lanes: bool = False
     staged: bool = False
+    sorted: bool = False
 
     @abstractmethod
     def readers(self, stage: Stage) -> Mapping[str, Any]:
@@ -91,6 +92,11 @@ class StepData(LightningDataModule, ABC):
             raise ValueError(
                 f"at step {trainer.global_step} the stages have read {consumed - shift} samples, "
                 f"the run had read {consumed}; go on with the stages it began with"
+            )
+        if self.sorted and shift:
+            raise ValueError(
+                f"sorted steps depend on batch_tokens: {trainer.global_step} of them have read "
+                f"{consumed - shift} samples, the run had read {consumed}; go on with its own"
             )
         steps = Steps(self, trainer.global_rank, ranks, shift)
         if trainer.global_rank == 0:

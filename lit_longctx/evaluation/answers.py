@@ -51,7 +51,8 @@ class Answers(Measure):
         if self.generate:
             coder = open_tokenizer(str(source.windows.tokenizer_folder))
             room = len(sample.answer_ids) + 16
-            said = written(llama, coder, [sample], room)[0]
+            end = int(sample.answer_ids[-1])  # of the turn; it need not be EOS
+            said = written(llama, coder, [sample], room, end)[0]
             exact = said.strip() == coder.decode(sample.answer_ids.tolist()).strip()
         return {"exact": float(exact), "nats": float(read.nats.mean())}
 

@@ -1,7 +1,7 @@
 """`lit_longctx evaluate`: the same tokens and prompts for every checkpoint, side by side."""
 
 import json
-from math import isnan
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -71,6 +71,11 @@ def evaluate(
     Returns:
         What results.json holds.
     """
+    for name, given in (("checkpoint", checkpoint), ("data", data), ("tasks", tasks)):
+        if not given:
+            raise ValueError(f"expected one {name} or more; got none")
+    if windows < 1:
+        raise ValueError(f"windows must be 1 or more; got {windows}")
     device = chosen_device(device)
     held_out = open_held_out(data, window, whole_windows="loss" in tasks)
     measures = {name: measure_named(name, held_out, windows, sliding, grid) for name in tasks}
@@ -98,7 +103,13 @@ def evaluate(
                 llama = load_pretrained(start, attn_implementation=attn_implementation)
                 llama = llama.to(device, getattr(torch, dtype)).eval()
                 for of, name, unit in tqdm(missing, desc=folder, disable=None):
-                    held.add(of, measures[name].measure(llama, unit))
+                    value = measures[name].measure(llama, unit)
+                    if without_nan(value) != value:
+                        raise ValueError(
+                            f"{folder} gives {name} that is no number at {unit}; leave it out, or "
+                            "set --dtype float32"
+                        )
+                    held.add(of, value)
             for of, name, _ in asked:
                 values[name].setdefault(folder, []).append(held[of])
     trained = trained_context(starts[checkpoint[0]])
@@ -126,7 +137,11 @@ def open_held_out(folders: list[str], window: int, whole_windows: bool) -> HeldO
                 f"two data folders are named {name}; rename one or evaluate one by one"
             )
         if open_folder(folder, ObjectStorage())[0].get("chat"):
-            found.conversations[name] = Conversations(folder, "held_out", window)
+            chats = Conversations(folder, "held_out", window)
+            if not len(chats):
+                raise ValueError(f"no held-out conversation of {name} fits {window} tokens")
+            print(f"{name}: {chats.report()}")
+            found.conversations[name] = chats
             continue
         windows = Windows(folder, "held_out", window if whole_windows else BLOCK)
         if whole_windows and not len(windows):
@@ -186,9 +201,9 @@ def write(sections: list[Section], result: dict[str, Any], folder: Path) -> dict
 
 
 def without_nan(value: Any) -> Any:
-    """Return what JSON can hold: it knows no nan, the mean of a place that no document reaches."""
+    """Return what JSON can hold: it knows no nan, such as the mean where no document reaches."""
     if isinstance(value, dict):
         return {key: without_nan(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [without_nan(each) for each in value]
-    return None if isinstance(value, float) and isnan(value) else value
+    return None if isinstance(value, float) and not isfinite(value) else value

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.figure import Figure
 
 from lit_longctx import plots
 from lit_longctx.evaluation.intervals import Sums
@@ -35,6 +36,8 @@ class Grid:
     def __post_init__(self) -> None:
         if not (self.lengths and self.depths and self.samples > 0 and min(self.lengths) > 0):
             raise ValueError("a grid needs lengths, depths and samples of 1 or more")
+        if not all(0 <= depth <= 100 for depth in self.depths):
+            raise ValueError(f"depths must be from 0 to 100 percent; got {self.depths}")
 
 
 class Probe(Measure):
@@ -52,18 +55,19 @@ class Probe(Measure):
         self.grid = grid
         self.hay = hay
         self.depths = grid.depths if self.task.uses_depth else [50.0]
+        self.seeds = range(grid.seed, grid.seed + (grid.samples if self.task.uses_seed else 1))
 
     def units(self) -> list[Unit]:
         """Return a unit for each length, depth and sample, in this order."""
-        for length in self.grid.lengths:
-            self.task.sample(self.hay, length, self.depths[0], self.grid.seed)  # if it has room
+        for seed in self.seeds:  # has the shortest room for all secrets?
+            self.task.sample(self.hay, min(self.grid.lengths), self.depths[0], seed)
         settings = {**vars(self.task), "answers": self.grid.answers}
         hay = short_hash([self.hay.text, self.hay.tokenizer.fingerprint])
         return [
             {"length": length, "depth": float(depth), "seed": seed, "hay": hay, **settings}
             for length in self.grid.lengths
             for depth in self.depths
-            for seed in range(self.grid.seed, self.grid.seed + self.grid.samples)
+            for seed in self.seeds
         ]
 
     def sample(self, unit: Unit) -> Sample:
@@ -80,7 +84,7 @@ class Probe(Measure):
 
     def cells(self, scores: Sequence[float]) -> Float[np.ndarray, "lengths depths"]:
         """Mean scores, given those of `units`."""
-        shape = (len(self.grid.lengths), len(self.depths), self.grid.samples)
+        shape = (len(self.grid.lengths), len(self.depths), len(self.seeds))
         return np.asarray(scores).reshape(shape).mean(-1)
 
     def report(self, values: dict[str, list[Any]], trained: int) -> Section:
@@ -94,8 +98,12 @@ class Probe(Measure):
             "probe_difference": {self.name: compared.differences},
         }
         table = compared.table(f"{self.name}: tokens", "prompts", lengths, digits=3)
-        figure = plots.heat_map(self.grid.lengths, self.grid.depths, cells)
-        return Section(results, {self.name: table}, {self.name: figure})
+        return Section(results, {self.name: table}, {self.name: self.draw(cells)})
+
+    def draw(self, cells: dict[str, Any]) -> Figure:
+        """Return the heat map of `cells` by name."""
+        depths = self.depths if self.task.uses_depth else []
+        return plots.heat_map(self.grid.lengths, depths, cells)
 
     def _by_length(self, scores: Sequence[float]) -> Sums:
         """Lay out the scores: [prompt, length]."""

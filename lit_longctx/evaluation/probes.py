@@ -67,7 +67,10 @@ def forced(llama: Llama, samples: Sequence[Sample]) -> list[Forced]:
         for sample in samples
     ]
     windows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-    batch = pack(windows.to(llama.head_weight.device), bos=int(samples[0].prompt_ids[0]))
+    windows = windows.to(llama.head_weight.device)
+    starts = torch.zeros_like(windows, dtype=torch.bool)
+    starts[:, 0] = True  # a row is one document: a chat template may write BOS again
+    batch = pack(windows, bos=int(samples[0].prompt_ids[0]), starts=starts)
     places = torch.zeros_like(batch.labels, dtype=torch.bool)
     for row, sample in zip(places, samples, strict=True):
         first = len(sample.prompt_ids) - 1  # the prompt's last token predicts the answer's first
@@ -91,11 +94,18 @@ def generated(
     return written(llama, tokenizer, samples, max(task.room, *(len(s.answer_ids) for s in samples)))
 
 
-def written(llama: Llama, tokenizer: Tokenizer, samples: Sequence[Sample], most: int) -> list[str]:
-    """Continue prompts of equal length greedily, by so many tokens at most."""
+def written(
+    llama: Llama,
+    tokenizer: Tokenizer,
+    samples: Sequence[Sample],
+    most: int,
+    end: int | None = None,
+) -> list[str]:
+    """Continue prompts of equal length greedily, by so many tokens at most or until `end` (EOS)."""
     lengths = {len(sample.prompt_ids) for sample in samples}
     if len(lengths) != 1:
         raise ValueError(f"prompts of {sorted(lengths)} tokens; generate for one length at a time")
     prompts = torch.from_numpy(np.stack([sample.prompt_ids for sample in samples]))
-    ids = generate(llama, prompts.to(llama.head_weight.device), most, eos=tokenizer.eos)
+    eos = tokenizer.eos if end is None else end
+    ids = generate(llama, prompts.to(llama.head_weight.device), most, eos=eos)
     return [tokenizer.decode(row.tolist()) for row in ids[:, prompts.shape[1] :].cpu()]

@@ -102,9 +102,12 @@ def _search(
     gamma = mean_y - scale * mean_x
     through_zero = (x * nats * weights).sum(1) / (x**2 * weights).sum(1)
     scale, gamma = np.where(gamma < 0, through_zero, scale), np.maximum(gamma, 0.0)
-    scale = np.maximum(scale, 1e-12)
+    falls = scale > 1e-12
+    scale, gamma = np.where(falls, scale, 1e-12), np.where(falls, gamma, mean_y)
     errors = ((nats - scale[:, None] * x - gamma[:, None]) ** 2 * weights).sum(1)
     best = int(errors.argmin())
+    if not falls[best]:  # flat or rising: no exponent is better than another
+        best = 0
     return float(betas[best]), float(scale[best]), float(gamma[best])
 
 
@@ -158,7 +161,7 @@ class Extrapolation(NamedTuple):
     def results(self) -> dict[str, Any]:
         """Return what JSON can hold."""
         law, low, high = (found._asdict() for found in self.fitted[:3])
-        parts = {"law": law, "low": low, "high": high}
+        parts = {"law": law, "low": low, "high": high, "identified": self.fitted.identified}
         return parts | {key: self._asdict()[key] for key in ("context", "losses", "predicted")}
 
 

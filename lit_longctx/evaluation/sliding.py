@@ -35,6 +35,8 @@ class Slide:
             raise ValueError(
                 f"expected windows, documents and a stride of 1 to the smallest window; got {self}"
             )
+        if sorted(set(self.windows)) != self.windows:
+            raise ValueError(f"windows must rise; got {self.windows}")
         if self.length < 2:
             raise ValueError(f"{self.length} token has no target; set tokens to 2 or more")
 

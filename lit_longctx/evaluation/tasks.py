@@ -26,6 +26,8 @@ class Task(ABC):
 
     uses_depth: ClassVar[bool] = True
     """Whether depth changes the prompt; where not, one depth says all."""
+    uses_seed: ClassVar[bool] = True
+    """Whether the seed does; where not, one sample says all."""
     room: int
     """Tokens that a generated answer may have, on top of the prompt."""
 
@@ -93,6 +95,7 @@ SECRET = "eat a sandwich and sit in Dolores Park on a sunny day."
 class Needle(Task):
     """One sentence in a haystack (Kamradt 2023) as Fu et al. 2024 (arXiv:2402.10171) ask for it."""
 
+    uses_seed: ClassVar[bool] = False
     mode: Literal["exact", "fu"] = "exact"
     """`exact`: depth exact to the token, the question begins the answer, the secret must come
     whole. `fu`: the needle follows a sentence, the model answers freely, and its score is the share

@@ -23,6 +23,7 @@ from lit_longctx.checkpoint import (
     read_model,
     resolve,
     tokenizer_folder,
+    trained_context,
 )
 from lit_longctx.data.stages import ENDLESS, Course, Stage
 from lit_longctx.data.tokenizer import check_tokenizer
@@ -308,7 +309,10 @@ class LanguageModule(LightningModule, ABC):
         if not hasattr(self._data, "course"):
             return getattr(self._data, "window", None)
         last = self.course.at(max(0, self.global_step - 1))
-        return max(stage.window for stage in self.course.stages[: last + 1])
+        seen = max(stage.window for stage in self.course.stages[: last + 1])
+        if isinstance(self, SFT) and self.start is not None and self.position == self.origin:
+            return max(seen, trained_context(self.start))  # short chats take no context away
+        return seen
 
     def _started_from(self) -> dict[str, Any] | None:
         if self.start is None or self.origin is None:

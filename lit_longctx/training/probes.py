@@ -8,7 +8,6 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_longctx import plots
 from lit_longctx.data.tokenizer import open_tokenizer
 from lit_longctx.data.windows import Windows
 from lit_longctx.evaluation.evaluate import haystack
@@ -23,8 +22,8 @@ class Probes(Callback):
 
     `probe/TASK/TOKENS` is the share of prompts of that many tokens whose answer is the likeliest,
     `probe/TASK_nats/TOKENS` the loss of a token of the answer, which falls long before. Needles
-    are hidden in held-out text of the first source. Costs a forward pass for each prompt; the
-    processes share them.
+    are hidden in held-out text of the first source, or in a built-in one (chats, MDS). Costs a
+    forward pass for each prompt; the processes share them.
 
     Args:
         tasks: Names of the probes, as for `evaluate`.
@@ -53,10 +52,10 @@ class Probes(Callback):
         folder = getattr(data, "tokenizer_folder", None)
         if folder is None:
             raise ValueError("Probes need a tokenizer; the data has none; leave them out")
-        source = next(iter(data.open("held_out", data.longest).values()))
+        source = next(iter(data.held_out(data.longest).values()))
         if isinstance(source, Windows):
             return haystack(source, max(self.grid.lengths))
-        return Haystack(open_tokenizer(str(folder)))  # MDS shards have no running text
+        return Haystack(open_tokenizer(str(folder)))  # shards and chats have no running text
 
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Ask, log and draw."""
@@ -69,7 +68,7 @@ class Probes(Callback):
                 module.log(f"probe/{name}/{length}", float(score))
                 module.log(f"probe/{name}_nats/{length}", float(loss))
             if trainer.is_global_zero:
-                self._show(trainer, name, scores)
+                self._show(trainer, probe, scores)
 
     def _answers(self, probe: Probe, name: str, module: LightningModule) -> np.ndarray:
         """Return hit and mean nats of each unit; every process runs the model as often."""
@@ -87,11 +86,12 @@ class Probes(Callback):
             dist.all_reduce(found)
         return found.cpu().numpy()
 
-    def _show(self, trainer: Trainer, name: str, scores: np.ndarray) -> None:
+    def _show(self, trainer: Trainer, probe: Probe, scores: np.ndarray) -> None:
+        name = probe.name
         means = zip(self.grid.lengths, scores.mean(1), strict=True)
         each = ", ".join(f"{mean:.2f} at {length:,}" for length, mean in means)
         print(f"step {trainer.global_step}  {name} {each}", flush=True)
-        figure = plots.heat_map(self.grid.lengths, self.grid.depths, {name: scores.tolist()})
+        figure = probe.draw({name: scores.tolist()})
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure(f"probe/{name}", figure, trainer.global_step)

@@ -219,6 +219,7 @@ def test_validation_is_on_answers_where_they_stand(folder):
     batch = HeldOut(module, 0, 1)[0]
     targets = bytes(t for t in batch.labels[0].tolist() if t not in (NO_TARGET, EOS)).decode()
     documents = batch.documents.lengths()[0]
+    assert targets.startswith("r")
     assert set(targets) <= set("r.0123456789")  # of what is said, answers alone are such
     assert int(batch.position_ids.max()) < int(documents.max())
     trained = Steps(module, 0, 1)[0].micro_batches[0]
