@@ -46,7 +46,7 @@ class Fitted(NamedTuple):
     @property
     def identified(self) -> bool:
         """Whether the interval of β stays within the exponents that were tried."""
-        return BETAS[0] < self.low.beta and self.high.beta < BETAS[-1]
+        return bool(BETAS[0] < self.low.beta and self.high.beta < BETAS[-1])
 
     def interval(
         self, context: Sequence[float], share: float = 0.95

@@ -1,9 +1,11 @@
 """Recovering the four curves of Llama 2 Long, Fig. 1, from noisy samples of them."""
 
+import json
+
 import numpy as np
 import pytest
 
-from lit_longctx.evaluation.scaling import PowerLaw, fit_power_law, fit_scaling
+from lit_longctx.evaluation.scaling import PowerLaw, extrapolate, fit_power_law, fit_scaling
 
 PAPER = {
     "7B": PowerLaw(25.4, 0.45, 1.56),
@@ -105,3 +107,28 @@ def test_what_cannot_be_fitted_is_refused(context, losses, message):
 def test_one_sample_has_no_interval():
     with pytest.raises(ValueError, match="intervals need 2 samples or more; got 1"):
         fit_scaling(LENGTHS, PAPER["7B"](LENGTHS)[None])
+
+
+def test_the_longest_context_is_predicted_from_the_others():
+    random = np.random.default_rng(0)
+    law = PAPER["7B"]
+    losses = law(LENGTHS) + random.normal(0, 0.003, (40, len(LENGTHS)))
+    found = extrapolate(LENGTHS, losses, draws=60)
+    middle, low, high = found.predicted
+    assert low < law([LENGTHS[-1]])[0] < high
+    assert high - low < 0.02
+    assert low < middle < high
+    told = json.loads(json.dumps(found.results()))
+    assert told["identified"] is True
+    assert told["context"] == LENGTHS
+
+
+@pytest.mark.parametrize("losses", [[2.0, 2.1, 2.2, 2.3, 2.4], [3.0, 3.0, 3.0, 3.0, 3.0]])
+def test_what_does_not_fall_is_a_constant_and_no_law(losses):
+    """The least squares of a constant are its mean."""
+    context = [128, 256, 512, 1024, 2048]
+    law = fit_power_law(context, losses)
+    np.testing.assert_allclose(law(context), np.mean(losses), atol=1e-3)
+    random = np.random.default_rng(0)
+    rows = np.array(losses) + random.normal(0, 1e-4, (10, 5))
+    assert json.dumps(extrapolate(context, rows, draws=20).results()["identified"]) == "false"
