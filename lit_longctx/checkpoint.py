@@ -26,6 +26,8 @@ MODEL = "model.json"
 """File in a run's checkpoint that describes the model: config, position scheme, trained context."""
 CHAT_TEMPLATE = "chat_template.jinja"
 """File beside a tokenizer that says how its model wants to be talked to."""
+GENERATION = "generation_config.json"
+"""File beside a model, or its tokenizer, that says which tokens end a text."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -304,10 +306,20 @@ def export_pretrained(
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _save_weights(llama, temporary, dtype)
         _save_tokenizer(tokenizer, temporary)
-        ends = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
-        (temporary / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+        (temporary / GENERATION).write_text(json.dumps(_ends(config, tokenizer), indent=2) + "\n")
         hugging_face.compare_with_transformers(temporary, llama)
     return Path(folder)
+
+
+def _ends(config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Return where texts begin and end: a chat's turns end as the tokenizer's folder says."""
+    ends = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
+    folder = tokenizer if isinstance(tokenizer, str | Path) else None
+    if folder is not None and (file := Path(folder) / GENERATION).is_file():
+        told = json.loads(file.read_text()).get("eos_token_id")
+        both = {*(told if isinstance(told, list) else [told]), config["eos_token_id"]} - {None}
+        ends["eos_token_id"] = sorted(both) if len(both) > 1 else next(iter(both), None)
+    return ends
 
 
 def _save_weights(llama: Llama, folder: Path, dtype: torch.dtype) -> None:

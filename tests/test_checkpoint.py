@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_longctx import checkpoint
 from lit_longctx.checkpoint import export_pretrained, load_pretrained, trained_context
+from lit_longctx.data.prepare import prepare
 from lit_longctx.data.tokenizer import ByteTokenizer
 from lit_longctx.generate import reading
 from lit_longctx.model import Llama, LlamaConfig
@@ -199,3 +200,19 @@ def test_export_never_overwrites_and_leaves_nothing_half_done(tmp_path):
     with pytest.raises(ValueError, match=r"holds none of tokenizer.json"):
         export_pretrained(tiny(), tmp_path / "new", tokenizer=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_chats_end_of_turn_ends_generation_after_export(tmp_path):
+    """As transformers' GenerationConfig reads it: the template's token beside the checkpoint's."""
+    rows = [{"instruction": f"Say {i}", "output": str(i)} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare([str(tmp_path / "rows.jsonl")], str(tmp_path / "chats"), chat=True)
+    tokenizer = tmp_path / "chats" / "tokenizer"
+    for name, ends in (("plain", 257), ("other", [7, 257])):
+        if name == "other":
+            (tokenizer / "generation_config.json").write_text('{"eos_token_id": [7]}')
+        llama = Llama(LlamaConfig(**SHAPE), RoPE())
+        folder = export_pretrained(llama, tmp_path / name, tokenizer)
+        assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == ends
+        told = (folder / "chat_template.jinja").read_text()
+        assert told == (tokenizer / "chat_template.jinja").read_text()

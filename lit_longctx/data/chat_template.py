@@ -56,7 +56,10 @@ class ChatTemplate:
         try:
             self._template = compiled(self.source)
             self._lead = self._space_before_answers()
-            self.render(Conversation(PROBE, "probe", ""))
+            probe = self.render(Conversation(PROBE, "probe", ""))
+            last = int(probe.ids[probe.answers][-1])
+            self.end_of_turn = last if last in specials.values() else tokenizer.eos
+            """Token by which the assistant ends what it says."""
         except (jinja2.TemplateError, Malformed) as error:
             raise ValueError(f"{place} cannot be trained on: {one_line(error)}") from None
 

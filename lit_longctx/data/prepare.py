@@ -5,6 +5,7 @@ joined.
 """
 
 import hashlib
+import json
 import os
 import time
 from collections import deque
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_longctx import manifest
-from lit_longctx.checkpoint import CHAT_TEMPLATE, read_model, resolve, tokenizer_folder
+from lit_longctx.checkpoint import CHAT_TEMPLATE, GENERATION, read_model, resolve, tokenizer_folder
 from lit_longctx.data.chat_template import ChatTemplate
 from lit_longctx.data.chunks import BLOCK, SPLITS, SplitWriter
 from lit_longctx.data.conversations import conversation_units, rendered, set_apart_by
@@ -134,6 +135,8 @@ def prepare(
         coder.save(folder / "tokenizer")
         if template:
             (folder / "tokenizer" / CHAT_TEMPLATE).write_text(template.source)
+            ends = json.dumps({"eos_token_id": [template.end_of_turn]})
+            (folder / "tokenizer" / GENERATION).write_text(ends + "\n")
         content = {
             "format": 1,
             "source": source or Path(output).name,

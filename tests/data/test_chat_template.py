@@ -645,3 +645,9 @@ def test_a_token_that_reaches_beyond_the_document_is_never_cut(tmp_path):
     tokens = [ours.tokenizer.model.id_to_token(i) for i in whole.ids]
     assert "".join(tokens[start:stop]) == "the▁fox"
     assert tokens[stop : stop + 2] == ["\n\n", "\n"]
+
+
+@pytest.mark.parametrize(("template", "end"), [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>")])
+def test_the_template_knows_what_ends_a_turn(folder, template, end, tmp_path):
+    ours = ours_of(folder, template, tmp_path)
+    assert ours.end_of_turn == ours.tokenizer.model.token_to_id(end)
