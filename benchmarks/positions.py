@@ -28,7 +28,9 @@ from train_step import peak, reset_peak, resident
 from lit_longctx import position
 from lit_longctx.attention import SDPA
 from lit_longctx.batch import Batch, one_document, pack
+from lit_longctx.layers import Layers
 from lit_longctx.model import Llama, LlamaConfig
+from lit_longctx.training.parallel import apply_recompute
 
 torch.set_num_threads(2)  # here, so that it holds in the processes that measure memory too
 CUDA = torch.cuda.is_available()
@@ -73,6 +75,7 @@ def training_steps(tokens: int) -> dict[str, Callable[[], object]]:
 
 def trained(scheme: position.PositionScheme) -> tuple[Llama, torch.optim.Optimizer]:
     llama = Llama(SHAPE, scheme).to(DEVICE, DTYPE)
+    apply_recompute(llama)
     for weight in llama.parameters():
         nn.init.normal_(weight, std=0.02)
     return llama, torch.optim.AdamW(llama.parameters(), lr=0.0, fused=True)
@@ -80,7 +83,7 @@ def trained(scheme: position.PositionScheme) -> tuple[Llama, torch.optim.Optimiz
 
 def step(llama: Llama, optimizer: torch.optim.Optimizer, name: str, batch: Batch) -> None:
     if llama.position != SCHEMES[name]:
-        llama.position = SCHEMES[name]
+        llama.layers = Layers.alike(SCHEMES[name], SHAPE.num_hidden_layers)
         for block in llama.model.layers:
             attention: Any = block.self_attn
             attention.position = SCHEMES[name].layer(HEADS, DIM)

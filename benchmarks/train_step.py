@@ -44,8 +44,10 @@ def ours(tokens: int, documents: int):
     from lit_longctx.batch import pack
     from lit_longctx.model import Llama, LlamaConfig, initial_weight
     from lit_longctx.position import RoPE
+    from lit_longctx.training.parallel import apply_recompute
 
     llama = Llama(LlamaConfig(**SHAPE), RoPE())
+    apply_recompute(llama)
     fill(llama, initial_weight)
     batch = pack(window(tokens, documents), bos=1)
     targets = (batch.labels >= 0).sum()

@@ -1,16 +1,18 @@
 """Attention back ends: each sees the same documents and gives the same numbers.
 
 Names are Hugging Face's `attn_implementation`. Layout is batch, seq, heads, head_dim. A query
-attends to the keys of its own document up to its own place; where there are more keys than queries
-(a cache, a memory), the queries are the last ones of each row.
+attends to the keys of its own document up to its own index, or to the last `window` of them; where
+there are more keys than queries (a cache, a memory), the queries are the last ones of each row.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lit_longctx.batch import Documents
@@ -26,8 +28,14 @@ class AttentionBackend(ABC):
     """The same two beats as a position scheme: once per forward pass, once per layer."""
 
     @abstractmethod
-    def prepare(self, queries: Documents, keys: Documents) -> Any:
-        """Turn document structure into whatever the kernel wants; shared by all layers."""
+    def prepare(self, queries: Documents, keys: Documents, window: int | None = None) -> Any:
+        """Turn document structure into whatever the kernel wants; shared by all layers of a kind.
+
+        Args:
+            queries: Documents of the queries.
+            keys: Documents of the keys, in the same order; each ends with its queries.
+            window: Keys that a query sees, its own included (Hugging Face's `sliding_window`).
+        """
 
     @abstractmethod
     def attend(
@@ -49,10 +57,20 @@ def attention_backend(name: str) -> AttentionBackend:
     return backends[name]()
 
 
-def aligned(num_queries: int, num_keys: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
-    """Causal mask of one document whose queries are its last places."""
+def aligned(
+    num_queries: int, num_keys: int, device: torch.device, window: int | None = None
+) -> Bool[Tensor, "queries keys"]:
+    """Causal mask of one document whose queries are its last tokens, in a window if there is one.
+
+    Of 3 queries, 5 keys and a window of 2 (else the zeros on the left were ones):
+
+        0 1 1 0 0
+        0 0 1 1 0
+        0 0 0 1 1
+    """
     mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
-    return mask.tril(num_keys - num_queries)
+    mask = mask.tril(num_keys - num_queries)
+    return mask if window is None else mask.triu(num_keys - num_queries - window + 1)
 
 
 def widen(v: Values, width: int) -> Float[Tensor, "batch keys kv_heads width"]:
@@ -60,62 +78,121 @@ def widen(v: Values, width: int) -> Float[Tensor, "batch keys kv_heads width"]:
     return F.pad(v, (0, width - v.shape[-1])) if v.shape[-1] < width else v
 
 
-class Segments(NamedTuple):
+class Segments:
     """Stretches of the flattened queries and keys that attend to each other and nothing else."""
 
-    queries: list[int]
-    """Sizes of the queries' stretches."""
-    keys: list[int]
-    """Sizes of the keys' stretches."""
-    masks: list[Tensor | None]
-    """Dense mask of a stretch; None where it is one document, causal from its first place."""
+    def __init__(self) -> None:
+        self.queries: list[int] = []
+        """Sizes of the queries' stretches, which follow each other."""
+        self.keys: list[int] = []
+        """Sizes of the keys' stretches."""
+        self.begins: list[int] = []
+        """First key of each stretch."""
+        self.masks: list[Tensor | None] = []
+        """Dense mask of a stretch; None where it is one document, causal from its first token."""
+        self.gather: Int[Tensor, " keys"] | None = None
+        """Keys of all stretches; None where the stretches follow each other."""
+
+    def add(self, num_queries: int, begin: int, num_keys: int, mask: Tensor | None) -> None:
+        """Append a stretch."""
+        self.queries.append(num_queries)
+        self.begins.append(begin)
+        self.keys.append(num_keys)
+        self.masks.append(mask)
+
+    def close(self, num_keys: int, device: torch.device) -> "Segments":
+        """Decide how keys are cut, now that all stretches are known."""
+        ends = list(accumulate(self.keys, initial=0))
+        if [*self.begins, num_keys] != ends:
+            ranges = [torch.arange(b, b + n) for b, n in zip(self.begins, self.keys, strict=True)]
+            self.gather = torch.cat(ranges).to(device)
+        return self
+
+    def split(self, x: Float[Tensor, "batch keys kv_heads dim"]) -> Sequence[Tensor]:
+        """Cut keys or values into stretches; one gradient buffer serves all of them."""
+        x = x.flatten(0, 1)
+        return (x if self.gather is None else x.index_select(0, self.gather)).split(self.keys)
 
 
 class SDPA(AttentionBackend):
     """torch's scaled_dot_product_attention, called per document: costs Σ len², never (Σ len)².
 
     Short documents share a call of at most `together` tokens with a dense mask, which is cheaper
-    than a call each.
+    than a call each. Longer documents than a window are cut into blocks of queries: Σ len·window.
     """
 
     together = 256
 
-    def prepare(self, queries: Documents, keys: Documents) -> Tensor | Segments | None:
+    def prepare(
+        self, queries: Documents, keys: Documents, window: int | None = None
+    ) -> Tensor | Segments | None:
         """Return None (plain causal rows), Segments (packed rows) or one mask for all rows."""
         batch, num_queries = queries.ids.shape
         num_keys = keys.ids.shape[1]
         device = queries.ids.device
-        if len(queries.boundaries) == len(keys.boundaries) == batch + 1:
+        if window is not None and window >= keys.longest:
+            window = None
+        whole = len(queries.boundaries) == len(keys.boundaries) == batch + 1
+        if whole and window is None:
             return None if num_queries == num_keys else aligned(num_queries, num_keys, device)
-        segments = Segments([], [], [])
+        segments = Segments()
         sizes = (documents.boundaries.diff().tolist() for documents in (queries, keys))
         group: list[int] = []
+        begin = 0
         for num_queries, num_keys in zip(*sizes, strict=True):
             alike = num_queries == num_keys
             if group and not (alike and sum(group) + num_queries <= self.together):
-                self._close(segments, group, device)
+                self._close(segments, group, begin - sum(group), window, device)
                 group = []
-            if alike:
+            if alike and (window is None or num_keys <= max(window, self.together)):
                 group.append(num_queries)
+            elif window is None or num_keys <= window:
+                mask = aligned(num_queries, num_keys, device)
+                segments.add(num_queries, begin, num_keys, mask)
             else:
-                segments.queries.append(num_queries)
-                segments.keys.append(num_keys)
-                segments.masks.append(aligned(num_queries, num_keys, device))
-        self._close(segments, group, device)
-        return segments
+                self._blocks(segments, num_queries, begin, num_keys, window, device)
+            begin += num_keys
+        self._close(segments, group, begin - sum(group), window, device)
+        return segments.close(keys.ids.numel(), device)
 
-    def _close(self, segments: Segments, group: list[int], device: torch.device) -> None:
+    def _close(
+        self,
+        segments: Segments,
+        group: list[int],
+        begin: int,
+        window: int | None,
+        device: torch.device,
+    ) -> None:
         """Make one stretch of the documents of a group."""
         if not group:
             return
         mask = None
-        if len(group) > 1:
+        if len(group) > 1 or (window is not None and group[0] > window):
             sizes = torch.tensor(group, device=device)
             ids = torch.arange(len(group), device=device).repeat_interleave(sizes)
-            mask = (ids[:, None] == ids[None, :]).tril()
-        segments.queries.append(sum(group))
-        segments.keys.append(sum(group))
-        segments.masks.append(mask)
+            mask = (ids[:, None] == ids[None, :]) & aligned(len(ids), len(ids), device, window)
+        segments.add(sum(group), begin, sum(group), mask)
+
+    def _blocks(
+        self,
+        segments: Segments,
+        num_queries: int,
+        begin: int,
+        num_keys: int,
+        window: int,
+        device: torch.device,
+    ) -> None:
+        """Cut a document's queries into blocks, each with the keys that its windows reach."""
+        masks: dict[tuple[int, int], Tensor] = {}
+        size = max(window, self.together)
+        past = num_keys - num_queries
+        for first in range(0, num_queries, size):
+            last = min(first + size, num_queries)
+            reach = max(0, past + first - window + 1)
+            shape = (last - first, past + last - reach)
+            if shape not in masks:  # all blocks but the first and last share one
+                masks[shape] = aligned(*shape, device, window)
+            segments.add(shape[0], begin + reach, shape[1], masks[shape])
 
     def attend(
         self, q: Heads, k: KVHeads, v: Values, mask: Any, scale: float
@@ -126,8 +203,7 @@ class SDPA(AttentionBackend):
         if not isinstance(mask, Segments):
             out = _sdpa(q, k, v, mask, scale)
         else:
-            sizes = (mask.queries, mask.keys, mask.keys)
-            parts = (x.flatten(0, 1).split(n) for x, n in zip((q, k, v), sizes, strict=True))
+            parts = (q.flatten(0, 1).split(mask.queries), mask.split(k), mask.split(v))
             flat = [
                 _sdpa(q[None], k[None], v[None], m, scale)[0]
                 for q, k, v, m in zip(*parts, mask.masks, strict=True)
@@ -160,6 +236,19 @@ def _kernel_priority(q: Tensor) -> Any:
     return sdpa_kernel(order, set_priority=True)
 
 
+class VarlenMask(NamedTuple):
+    """What variable-length kernels are told: documents of queries and keys, and the window."""
+
+    queries: Documents
+    keys: Documents
+    window: int | None
+
+
+def window_size(window: int | None) -> tuple[int, int]:
+    """Keys before and after its own that a query sees, as flash kernels count; −1: all of them."""
+    return (-1 if window is None else window - 1, 0)
+
+
 class FlashAttention2(AttentionBackend):
     """The flash-attn package's varlen kernel (Dao 2023, arXiv:2307.08691); CUDA, fp16 or bf16."""
 
@@ -173,15 +262,15 @@ class FlashAttention2(AttentionBackend):
             ) from error
         self.kernel = flash_attn_varlen_func
 
-    def prepare(self, queries: Documents, keys: Documents) -> tuple[Documents, Documents]:
+    def prepare(self, queries: Documents, keys: Documents, window: int | None = None) -> VarlenMask:
         """The kernel takes the boundaries as they are."""
-        return queries, keys
+        return VarlenMask(queries, keys, window)
 
     def attend(
         self, q: Heads, k: KVHeads, v: Values, mask: Any, scale: float
     ) -> Float[Tensor, "batch queries heads value_dim"]:
         """One kernel over all documents of the batch."""
-        queries, keys = mask
+        queries, keys, window = mask
         value_dim = v.shape[-1]
         v = widen(v, q.shape[-1])
         out = self.kernel(
@@ -192,6 +281,7 @@ class FlashAttention2(AttentionBackend):
             max_seqlen_k=keys.longest,
             softmax_scale=scale,
             causal=True,
+            window_size=window_size(window),
         )
         return out.view(q.shape)[..., :value_dim]
 
@@ -206,15 +296,15 @@ class Varlen(AttentionBackend):
             raise ValueError("attn_implementation 'varlen' runs on CUDA only; use 'sdpa' here")
         self.kernel = varlen_attn
 
-    def prepare(self, queries: Documents, keys: Documents) -> tuple[Documents, Documents]:
+    def prepare(self, queries: Documents, keys: Documents, window: int | None = None) -> VarlenMask:
         """The kernel takes the boundaries as they are."""
-        return queries, keys
+        return VarlenMask(queries, keys, window)
 
     def attend(
         self, q: Heads, k: KVHeads, v: Values, mask: Any, scale: float
     ) -> Float[Tensor, "batch queries heads value_dim"]:
         """One kernel over all documents; KV heads are repeated: torch 2.11 lacks grouped heads."""
-        queries, keys = mask
+        queries, keys, window = mask
         value_dim = v.shape[-1]
         repeats = q.shape[2] // k.shape[2]
         k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, widen(v, q.shape[-1])))
@@ -228,7 +318,7 @@ class Varlen(AttentionBackend):
             queries.longest,
             keys.longest,
             scale=scale,
-            window_size=(-1, 0),
+            window_size=window_size(window),
         )
         assert isinstance(out, Tensor)
         return out.view(q.shape)[..., :value_dim]
@@ -244,13 +334,17 @@ class FlexAttention(AttentionBackend):
         compiled = torch.cuda.is_available()
         self.kernel = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
-    def prepare(self, queries: Documents, keys: Documents) -> Any:
-        """Build the block-sparse mask of same-document, not-later pairs."""
+    def prepare(self, queries: Documents, keys: Documents, window: int | None = None) -> Any:
+        """Build the block-sparse mask of same-document, not-later, near enough pairs."""
         batch, num_queries = queries.ids.shape
         num_keys = keys.ids.shape[1]
         past = num_keys - num_queries
+
+        window = num_keys if window is None else window
         return self.create_block_mask(
-            lambda b, h, i, j: (queries.ids[b, i] == keys.ids[b, j]) & (i + past >= j),
+            lambda b, h, i, j: (
+                (queries.ids[b, i] == keys.ids[b, j]) & (i + past >= j) & (i + past - j < window)
+            ),
             batch,
             None,
             num_queries,

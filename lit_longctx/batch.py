@@ -19,9 +19,13 @@ class Documents(NamedTuple):
     """First token of each document, then the end, in the flattened batch (`cu_seqlens`), int32."""
     longest: int
     """Tokens of the longest document; on the host, so that no kernel launch has to wait for it."""
+    token_lengths: Int[Tensor, "batch seq"] | None = None
+    """Length of each token's document, where `boundaries` do not show the whole of it."""
 
     def lengths(self) -> Int[Tensor, "batch seq"]:
         """Length of the document that each token belongs to, in tokens."""
+        if self.token_lengths is not None:
+            return self.token_lengths
         each = self.boundaries.diff().long()
         return each.repeat_interleave(each, output_size=self.ids.numel()).view(self.ids.shape)
 

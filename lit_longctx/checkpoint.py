@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lit_longctx import hugging_face, manifest, meta
+from lit_longctx import position as schemes
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.model import Llama, LlamaConfig, initial_weight
 from lit_longctx.position import PositionScheme
@@ -100,6 +101,8 @@ def describe_position(position: PositionScheme) -> dict[str, Any]:
 
 def _scheme(description: dict[str, Any]) -> PositionScheme:
     module, name = description["class_path"].rsplit(".", 1)
+    if module.startswith(schemes.__name__):  # the file of one of ours may have changed
+        module = schemes.__name__
     return getattr(importlib.import_module(module), name)(**description["init_args"])
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import NO_TARGET, Batch, one_document
+from lit_longctx.cache import Cache
 from lit_longctx.checkpoint import load_pretrained, resolve, tokenizer_folder
 from lit_longctx.data.tokenizer import Tokenizer, open_tokenizer
-from lit_longctx.model import Cache, Llama, chosen_device
+from lit_longctx.model import Llama, chosen_device
 
 
 def reading(ids: Int[Tensor, "batch seq"], past: int = 0) -> Batch:
@@ -135,7 +136,9 @@ def _planned(llama: Llama, lengths: Sequence[int], max_new_tokens: int) -> Cache
     longest = max(lengths)
     planned = longest + max_new_tokens
     last = torch.tensor([[planned - 1]])
-    llama.position.encode(last, llama.config.head_width, one_document(1, planned))
+    documents = one_document(1, 1)._replace(token_lengths=torch.tensor([[planned]]))
+    for kind in llama.layers.kinds:
+        kind.position.encode(last, llama.config.head_width, documents)
     padding = [longest - n for n in lengths] if min(lengths) < longest else []
     return Cache(llama.config.num_hidden_layers, planned, padding)
 

@@ -14,15 +14,19 @@ from lit_longctx.position import (
     DynamicNTK,
     Llama3,
     LongRoPE,
-    NTKAware,
     PositionInterpolation,
     PositionScheme,
     RoPE,
     Rotary,
     YaRN,
 )
+from lit_longctx.position.scheme import KEEP_THE_RUN
 
-ORIGINAL = "original_max_position_embeddings"
+SCHEMES = {
+    str(scheme.rope_type): scheme
+    for scheme in (RoPE, PositionInterpolation, DynamicNTK, YaRN, Llama3, LongRoPE)
+}
+"""By Hugging Face's rope_type."""
 
 
 # ---- in
@@ -66,7 +70,12 @@ def read_position(config: dict[str, Any]) -> PositionScheme:
     partial = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial not in (1.0, None):
         raise ValueError(f"rope key partial_rotary_factor {partial} cannot be represented")
-    position = _scheme(kind, rope, theta, context)
+    if kind not in SCHEMES:
+        raise ValueError(
+            f"rope_type {kind!r} cannot be represented; expected one of {', '.join(SCHEMES)}"
+        )
+    rope["rope_theta"] = theta
+    position = SCHEMES[kind].from_rope(rope, context)
     told = rope.pop("attention_factor", None)
     factor = getattr(position, "attention_factor", 1.0)
     if told is not None and not isclose(told, factor, rel_tol=1e-6):
@@ -80,40 +89,6 @@ def read_position(config: dict[str, Any]) -> PositionScheme:
     return position
 
 
-def _scheme(kind: str, rope: dict[str, Any], theta: float, context: int) -> PositionScheme:
-    """Build the scheme of a rope_type, taking its keys out of `rope`."""
-    if kind == "default":
-        rope.pop(ORIGINAL, None)
-        return RoPE(theta)
-    if kind == "linear":
-        rope.pop(ORIGINAL, None)
-        return PositionInterpolation(theta, factor=float(rope.pop("factor")))
-    if kind == "dynamic":
-        rope.pop(ORIGINAL, None)  # transformers scales from max_position_embeddings
-        return DynamicNTK(theta, factor=float(rope.pop("factor")), original_context=context)
-    if kind not in ("yarn", "llama3", "longrope"):
-        raise ValueError(
-            f"rope_type {kind!r} cannot be represented; expected default, linear, dynamic, yarn, "
-            "llama3 or longrope"
-        )
-    original = int(rope.pop(ORIGINAL, context))
-    factor = float(rope.pop("factor", context / original))
-    if kind == "yarn":
-        betas = {"beta_fast": 32, "beta_slow": 1}
-        turns = {name: float(rope.pop(name, default)) for name, default in betas.items()}
-        return YaRN(theta, factor=factor, original_context=original, **turns)
-    if kind == "llama3":
-        bounds = {name: float(rope.pop(name)) for name in ("low_freq_factor", "high_freq_factor")}
-        return Llama3(theta, factor=factor, original_context=original, **bounds)
-    return LongRoPE(
-        theta,
-        factor=factor,
-        short_factor=rope.pop("short_factor"),
-        long_factor=rope.pop("long_factor"),
-        original_context=original,
-    )
-
-
 # ---- out
 
 
@@ -122,7 +97,13 @@ def config_json(llama: Llama, context: int | None, dtype: torch.dtype) -> dict[s
 
     transformers 4 ignores v5's dictionary, and would silently read theta 10,000 without the others.
     """
-    theta, rope = rope_of(llama.position, llama.config.head_width)
+    if not llama.layers.are_alike:
+        raise ValueError(
+            f"Hugging Face's Llama cannot represent layers that differ: {llama.layers}; "
+            f"{KEEP_THE_RUN}"
+        )
+    rope = llama.position.to_rope(llama.config.head_width)
+    theta = float(rope.pop("rope_theta"))
     if isinstance(llama.position, DynamicNTK):
         # transformers scales from here: raising it would switch the scaling off
         context = llama.position.original_context
@@ -141,56 +122,6 @@ def config_json(llama: Llama, context: int | None, dtype: torch.dtype) -> dict[s
         "dtype": name,
         "torch_dtype": name,
     }
-
-
-def rope_of(position: PositionScheme, head_dim: int) -> tuple[float, dict[str, Any]]:
-    """Return theta and the other rope keys of a scheme; ValueError if there are none for it."""
-    advice = "keep the run folder: lit_longctx evaluates and generates from it"
-    if isinstance(position, LongRoPE) and position.unscaled_tokens:
-        raise ValueError(
-            f"Hugging Face cannot represent LongRoPE's unscaled_tokens {position.unscaled_tokens}; "
-            f"train with unscaled_tokens 0, or {advice}"
-        )
-    rope: dict[str, Any]
-    match position:
-        case RoPE():
-            rope = {"rope_type": "default"}
-        case NTKAware():
-            return position.scaled_theta(head_dim), {"rope_type": "default"}
-        case PositionInterpolation():
-            rope = {"rope_type": "linear", "factor": position.factor}
-        case DynamicNTK():
-            rope = {"rope_type": "dynamic", "factor": position.factor}
-        case YaRN():
-            rope = {
-                "rope_type": "yarn",
-                "factor": position.factor,
-                ORIGINAL: position.original_context,
-                "beta_fast": position.beta_fast,
-                "beta_slow": position.beta_slow,
-            }
-        case Llama3():
-            rope = {
-                "rope_type": "llama3",
-                "factor": position.factor,
-                "low_freq_factor": position.low_freq_factor,
-                "high_freq_factor": position.high_freq_factor,
-                ORIGINAL: position.original_context,
-            }
-        case LongRoPE():
-            rope = {
-                "rope_type": "longrope",
-                "factor": position.factor,
-                "short_factor": list(position.short_factor),
-                "long_factor": list(position.long_factor),
-                ORIGINAL: position.original_context,
-            }
-        case _:
-            raise ValueError(
-                f"Hugging Face's Llama cannot represent {type(position).__name__}; "
-                f"train with a scheme that it has, or {advice}"
-            )
-    return float(position.theta), rope
 
 
 def compare_with_transformers(folder: Path, llama: Llama) -> None:

@@ -5,20 +5,27 @@ here knows of Lightning, data or sharding: those are done to it from outside.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lit_longctx.attention import AttentionBackend, AttnImplementation, attention_backend
-from lit_longctx.batch import Batch, Documents, one_document
+from lit_longctx.attention import (
+    AttentionBackend,
+    AttnImplementation,
+    Heads,
+    KVHeads,
+    Values,
+    attention_backend,
+)
+from lit_longctx.batch import Batch
 from lit_longctx.head import token_hits, token_nats, weighted_loss
-from lit_longctx.memory import Memory
+from lit_longctx.keys import OWN, KeySource, LayerSource, View
+from lit_longctx.layers import Layers
 from lit_longctx.position import PositionScheme
 
 
@@ -82,86 +89,6 @@ class LlamaConfig:
         return self.head_dim
 
 
-class Cache:
-    """Keys and values of what was read so far, for decoding; every row is one document.
-
-    Args:
-        num_layers: Blocks of the model.
-        planned: Places that will be read in the end, padding, prompt and continuation; they are
-            allocated at once. Schemes that depend on the document's length must know it, since
-            keys in the cache cannot be turned again.
-        padding: Places of each row before its document begins, where prompts differ in length;
-            nothing sees them.
-    """
-
-    def __init__(
-        self, num_layers: int, planned: int | None = None, padding: Sequence[int] = ()
-    ) -> None:
-        self.layers = [LayerCache(planned or 0) for _ in range(num_layers)]
-        self.planned = planned
-        self.padding = padding
-
-    @property
-    def length(self) -> int:
-        """Places read so far."""
-        return self.layers[0].length
-
-    def documents(self, new: Documents) -> tuple[Documents, Documents]:
-        """Return queries and keys of new places; padding is a document of its own."""
-        batch, seq = new.ids.shape
-        device = new.ids.device
-        if len(new.boundaries) != batch + 1:
-            raise ValueError("a cache needs one document per row; got packed rows; drop the cache")
-        if not self.padding:
-            return new, one_document(batch, self.length + seq, device)
-        queries = _padded(self.padding, self.length, seq, device)
-        return queries, _padded(self.padding, 0, self.length + seq, device)
-
-
-def _padded(padding: Sequence[int], first: int, seq: int, device: torch.device) -> Documents:
-    """Documents of `seq` places from `first`: in each row its padding, then the rest, or neither.
-
-    All on the host but for the result: kernels need not wait for `longest`.
-    """
-    ends = torch.tensor(padding)
-    rows = torch.arange(len(ends)) * seq
-    offsets = torch.stack([rows, rows + (ends - first).clamp(0, seq)], dim=1).flatten()
-    boundaries = F.pad(offsets, (0, 1), value=len(ends) * seq).int()
-    ids = (torch.arange(first, first + seq) >= ends[:, None]).long()
-    return Documents(ids.to(device), boundaries.to(device), int(boundaries.diff().max()))
-
-
-class LayerCache:
-    """Keys and values of one block, in tensors with room for what is planned; no backward pass.
-
-    What a scheme adds to keys beyond head_dim tells their place, the same for all heads: it is
-    held for one head and joined when read.
-    """
-
-    def __init__(self, planned: int = 0) -> None:
-        self.planned = planned
-        self.length = 0
-        self.held: list[Tensor] = []
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new places and return all of them; past the plan, the tensors double."""
-        heads, dim = v.shape[2:]
-        new = (k[..., :dim], k[:, :, :1, dim:], v)
-        begin, self.length = self.length, self.length + k.shape[1]
-        if not self.held or self.held[0].shape[1] < self.length:
-            room = max(self.planned, 2 * begin, self.length)
-            larger = [x.new_empty(len(x), room, *x.shape[2:]) for x in new]
-            for old, held in zip(self.held, larger, strict=False):  # at first there are none
-                held[:, :begin] = old[:, :begin]
-            self.held = larger
-        for held, part in zip(self.held, new, strict=True):
-            held[:, begin : self.length] = part
-        content, place, values = (held[:, : self.length] for held in self.held)
-        if place.shape[-1]:
-            content = torch.cat([content, place.expand(-1, -1, heads, -1)], dim=-1)
-        return content, values
-
-
 class Attention(nn.Module):
     """Grouped-query attention; the position scheme maps q and k, the back end does the rest."""
 
@@ -178,49 +105,25 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "batch seq width"],
-        code: Float[Tensor, "batch seq code"],
-        mask: object,
-        cache: LayerCache | None = None,
-        past: int = 0,
+        x: Float[Tensor, "batch inputs width"],
+        num_queries: int,
+        view: View,
+        source: LayerSource,
     ) -> Float[Tensor, "batch queries width"]:
-        """Attend within documents; `code` and `mask` come from the scheme and the back end.
-
-        The first `past` places of x are memory: keys and values, but no queries.
-        """
+        """Attend within documents; the last `num_queries` of x are queries, all of it keys."""
         q, k, v = (
             rearrange(
                 projection(x), "batch seq (heads dim) -> batch seq heads dim", dim=self.head_dim
             )
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = self.position(q, k, code)
-        q = q[:, past:]
-        if cache is not None:
-            k, v = cache.append(k, v)
-        # the scale is the content head's, also where the scheme widens q and k
-        out = self.backend.attend(q, k, v, mask, self.head_dim**-0.5)
+        q, k = self.position(q, k, view.code)
+        out = source.attend(q[:, -num_queries:], k, v, view.mask, self._kernel)
         return self.o_proj(rearrange(out, "batch seq heads dim -> batch seq (heads dim)"))
 
-
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Call a function but keep only its inputs for backward, which computes the rest again.
-
-    For elementwise work before a product: it costs little time and most of a block's memory. The
-    product itself is not repeated, since recomputation stops at the last tensor that backward
-    needs.
-    """
-    if not torch.is_grad_enabled():
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467); keeps only its input."""
-
-    def forward(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seq width"]:
-        """On CUDA torch's kernel is fused and keeps no more either."""
-        return super().forward(x) if x.is_cuda else recomputed(super().forward, x)
+    def _kernel(self, q: Heads, k: KVHeads, v: Values, mask: Any) -> Tensor:
+        """The scale is the content head's, also where the scheme widens q and k."""
+        return self.backend.attend(q, k, v, mask, self.head_dim**-0.5)
 
 
 class MLP(nn.Module):
@@ -234,9 +137,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seq width"]:
         """Map each token by itself."""
-        return recomputed(self._down, self.gate_proj(x), self.up_proj(x))
+        return self.down(self.gate_proj(x), self.up_proj(x))
 
-    def _down(self, gate: Tensor, up: Tensor) -> Tensor:
+    def down(
+        self, gate: Float[Tensor, "batch seq inner"], up: Float[Tensor, "batch seq inner"]
+    ) -> Float[Tensor, "batch seq width"]:
+        """Second half of the map; what it keeps for backward can be computed again from both."""
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -245,36 +151,33 @@ class Block(nn.Module):
 
     def __init__(self, config: LlamaConfig, position: PositionScheme, backend: AttentionBackend):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, position, backend)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(
         self,
         x: Float[Tensor, "batch seq width"],
-        code: Float[Tensor, "batch places code"],
-        mask: object,
-        cache: LayerCache | None = None,
-        past: Float[Tensor, "batch past width"] | None = None,
+        view: View,
+        source: LayerSource,
     ) -> Float[Tensor, "batch seq width"]:
-        """One layer; `past` are its inputs of earlier windows, if it has a memory."""
-        seen = x if past is None else torch.cat([past, x], dim=1)
-        length = seen.shape[1] - x.shape[1]
-        x = x + self.self_attn(self.input_layernorm(seen), code, mask, cache, length)
+        """One layer; `view` is that of its kind."""
+        inputs = self.input_layernorm(source.inputs(x))
+        x = x + self.self_attn(inputs, x.shape[1], view, source)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
     """Embedding, blocks and final norm, under the names of Hugging Face's `model.` prefix."""
 
-    def __init__(self, config: LlamaConfig, position: PositionScheme, backend: AttentionBackend):
+    def __init__(self, config: LlamaConfig, layers: Layers, backend: AttentionBackend):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            Block(config, position, backend) for _ in range(config.num_hidden_layers)
+            Block(config, layers.position_of(i), backend) for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class Llama(nn.Module):
@@ -283,16 +186,21 @@ class Llama(nn.Module):
     def __init__(
         self,
         config: LlamaConfig,
-        position: PositionScheme,
+        position: PositionScheme | Layers,
         attn_implementation: AttnImplementation = "sdpa",
     ) -> None:
         super().__init__()
         self.config = config
-        self.position = position
+        self.layers = layers_of(position, config)
         self.backend = attention_backend(attn_implementation)
-        self.model = Decoder(config, position, self.backend)
+        self.model = Decoder(config, self.layers, self.backend)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def position(self) -> PositionScheme:
+        """The position scheme of all layers; ValueError where they have several."""
+        return self.layers.position
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab width"]:
@@ -300,45 +208,14 @@ class Llama(nn.Module):
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
-    def hidden(
-        self, batch: Batch, cache: Cache | None = None, memory: Memory | None = None
-    ) -> Float[Tensor, "batch seq width"]:
-        """Final hidden states, after the last norm; takes from and adds to cache or memory."""
-        queries = keys = batch.documents
-        places = batch.position_ids
-        if cache is not None:
-            queries, keys = cache.documents(batch.documents)
-        elif memory is not None:
-            queries, keys = memory.documents(batch)
-            places = memory.places(batch)
-        if cache is not None and self.position.depends_on_length:
-            code = self._planned_code(places, cache)
-        else:
-            code = self.position.encode(places, self.config.head_width, batch.documents)
-        mask = self.backend.prepare(queries, keys)
+    def hidden(self, batch: Batch, source: KeySource = OWN) -> Float[Tensor, "batch seq width"]:
+        """Final hidden states, after the last norm; `source` says where keys and values are."""
+        views = source.views(batch, self.layers.kinds, self.backend, self.config.head_width)
         x = self.model.embed_tokens(batch.input_ids)
-        inputs = []
         for i, block in enumerate(self.model.layers):
-            inputs.append(x)
-            past = memory.hidden[i] if memory and memory.hidden else None
-            x = block(x, code, mask, None if cache is None else cache.layers[i], past)
-        if memory is not None:
-            memory.advance(batch, inputs)
+            x = block(x, views[self.layers.kind_of[i]], source.layer(i))
+        source.advance(batch)
         return self.model.norm(x)
-
-    def _planned_code(self, places: Tensor, cache: Cache) -> Float[Tensor, "batch seq code"]:
-        """Encode places of documents that have, from the start, the length they will have."""
-        if cache.planned is None:
-            raise ValueError(
-                f"{type(self.position).__name__} depends on the document's length, which a cache "
-                "must know beforehand: Cache(num_layers, planned=prompt + new tokens)"
-            )
-        lengths = [cache.planned - n for n in cache.padding] or [cache.planned] * len(places)
-        codes = [
-            self.position.encode(row[None], self.config.head_width, one_document(1, n, row.device))
-            for row, n in zip(places, lengths, strict=True)
-        ]
-        return torch.cat(codes)
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch seq"]:
         """Nats of each target, float32, 0 where there is none; backward recomputes the head."""
@@ -346,10 +223,10 @@ class Llama(nn.Module):
         return token_nats(hidden, self.head_weight, batch.labels.flatten()).view(batch.labels.shape)
 
     def loss(
-        self, batch: Batch, memory: Memory | None = None
+        self, batch: Batch, source: KeySource = OWN
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch seq"]]:
         """(Σ loss_weights·nats with gradient, nats detached): the cheaper door, for training."""
-        hidden = self.hidden(batch, memory=memory).flatten(0, 1)
+        hidden = self.hidden(batch, source).flatten(0, 1)
         labels, weights = batch.labels.flatten(), batch.loss_weights.flatten()
         loss, nats = weighted_loss(hidden, self.head_weight, labels, weights)
         return loss, nats.view(batch.labels.shape)
@@ -361,14 +238,26 @@ class Llama(nn.Module):
         return nats.view(labels.shape), hits.view(labels.shape)
 
     def logits(
-        self, batch: Batch, cache: Cache | None = None, last: int | None = None
-    ) -> Float[Tensor, "batch places vocab"]:
-        """Logits of the `last` places of each row (default: all), to decode and compare.
+        self, batch: Batch, cache: KeySource | None = None, last: int | None = None
+    ) -> Float[Tensor, "batch tokens vocab"]:
+        """Logits of the `last` tokens of each row (default: all), to decode and compare.
 
         With a cache, `batch` holds the new tokens only.
         """
-        hidden = self.hidden(batch, cache)
+        hidden = self.hidden(batch, cache or OWN)
         return hidden[:, -(last or 0) :] @ self.head_weight.T
+
+
+def layers_of(position: PositionScheme | Layers, config: LlamaConfig) -> Layers:
+    """Return the layers of a model; ValueError if they are not as many as its config says."""
+    if isinstance(position, PositionScheme):
+        return Layers.alike(position, config.num_hidden_layers)
+    if len(position.kind_of) != config.num_hidden_layers:
+        raise ValueError(
+            f"kind_of names {len(position.kind_of)} layers; the config has "
+            f"{config.num_hidden_layers}"
+        )
+    return position
 
 
 def chosen_device(name: str) -> str:

@@ -1,14 +1,19 @@
 """Every back end against softmax written out in float64."""
 
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import varlen
 
 from lit_longctx.attention import SDPA, FlexAttention, attention_backend
 from lit_longctx.batch import documents_from_starts, one_document
 
 
-def by_hand(q, k, v, query_ids, key_ids, scale):
+def by_hand(q, k, v, query_ids, key_ids, scale, window=10**9):
     """Loop over rows and heads; float64; queries are the last places of each row."""
     q, k, v = q.double(), k.double(), v.double()
     batch, num_queries, heads, _ = q.shape
@@ -19,7 +24,8 @@ def by_hand(q, k, v, query_ids, key_ids, scale):
         for h in range(heads):
             g = h // (heads // kv_heads)
             for i in range(num_queries):
-                seen = [j for j in range(past + i + 1) if key_ids[b, j] == query_ids[b, i]]
+                nearest = range(max(0, past + i + 1 - window), past + i + 1)
+                seen = [j for j in nearest if key_ids[b, j] == query_ids[b, i]]
                 chances = (k[b, seen, g] @ q[b, i, h] * scale).softmax(0)
                 out[b, i, h] = chances @ v[b, seen, g]
     return out
@@ -72,6 +78,107 @@ def test_more_keys_than_queries(name):
     out = backend.attend(q, k, v, backend.prepare(queries, keys), 0.5)
     expected = by_hand(q, k, v, queries.ids, keys.ids, 0.5)
     torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("window", [1, 7, 24, 100])
+@pytest.mark.parametrize("together", [4, 256])
+def test_a_sliding_window(name, window, together, monkeypatch):
+    """Packed rows, one document a row, and a cache; blocks of queries are longer or shorter."""
+    monkeypatch.setattr(SDPA, "together", together)
+    backend = attention_backend(name)
+    for queries, keys in (
+        (packed(2, 90, share=0.04), None),
+        (one_document(2, 50), None),
+        (one_document(2, 9), one_document(2, 60)),
+        (one_document(2, 1), one_document(2, 60)),
+    ):
+        keys = queries if keys is None else keys
+        (rows, now), seen = queries.ids.shape, keys.ids.shape[1]
+        q, k, v = heads(rows, now, 4, 8), heads(rows, seen, 2, 8), heads(rows, seen, 2, 8)
+        out = backend.attend(q, k, v, backend.prepare(queries, keys, window), 0.5)
+        expected = by_hand(q, k, v, queries.ids, keys.ids, 0.5, window)
+        torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+
+
+def test_gradients_of_a_sliding_window(monkeypatch):
+    monkeypatch.setattr(SDPA, "together", 4)
+    documents = packed(2, 40, share=0.1)
+    q, k, v = (heads(2, 40, 2, 8).requires_grad_() for _ in range(3))
+    backend = SDPA()
+    out = backend.attend(q, k, v, backend.prepare(documents, documents, 6), 0.4)
+    upstream = torch.randn_like(out)
+    found = torch.autograd.grad(out, (q, k, v), upstream)
+    reference = by_hand(q, k, v, documents.ids, documents.ids, 0.4, 6)
+    expected = torch.autograd.grad(reference, (q, k, v), upstream.double())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=5e-6, rtol=0)
+
+
+def test_a_window_costs_length_times_window_and_one_mask():
+    documents = one_document(1, 100_000)
+    segments = SDPA().prepare(documents, documents, 512)
+    products = sum(q * k for q, k in zip(segments.queries, segments.keys, strict=True))
+    assert products < 2.1 * 100_000 * 512
+    assert len({id(mask) for mask in segments.masks}) == 3  # the first, the inner, the last block
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "varlen"])
+def test_variable_length_kernels_are_told_of_the_window(name, monkeypatch):
+    """A stand-in for both kernels: dense, float64, and by flash-attn's own words for a window."""
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash))
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_stand_in)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    backend = attention_backend(name)
+    for queries, keys in (
+        (packed(2, 60, share=0.05), None),
+        (one_document(2, 5), one_document(2, 30)),
+    ):
+        keys = queries if keys is None else keys
+        q, k = heads(2, queries.ids.shape[1], 4, 8), heads(2, keys.ids.shape[1], 2, 8)
+        for window in (None, 1, 12):
+            out = backend.attend(q, k, k, backend.prepare(queries, keys, window), 0.5)
+            expected = by_hand(q, k, k, queries.ids, keys.ids, 0.5, window or 10**9)
+            torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+
+
+def flash(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size, **lengths):
+    """As flash-attn since 2.1: aligned bottom right; `window_size` keys to each side, −1: all."""
+    assert causal
+    assert lengths == {
+        "max_seqlen_q": int(cu_seqlens_q.diff().max()),
+        "max_seqlen_k": int(cu_seqlens_k.diff().max()),
+    }
+    left, right = window_size
+    assert right == 0
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    out = torch.empty_like(q)
+    begins = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
+    for (a, b), (c, d) in pairwise(begins):
+        i = torch.arange(c - a)[:, None] + (d - b) - (c - a)
+        j = torch.arange(d - b)[None]
+        seen = (j <= i) if left < 0 else (j <= i) & (j >= i - left)
+        scores = torch.einsum("qhd,khd->hqk", q[a:c].double(), k[b:d].double()) * softmax_scale
+        probs = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        out[a:c] = torch.einsum("hqk,khd->qhd", probs, v[b:d].double()).to(q.dtype)
+    return out
+
+
+def varlen_stand_in(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    assert window_size[1] == 0, "causal"
+    return flash(
+        q,
+        k,
+        v,
+        cu_seq_q,
+        cu_seq_k,
+        scale,
+        True,
+        window_size,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+    )
 
 
 @pytest.mark.parametrize("together", [1, 7, 64, 10_000])

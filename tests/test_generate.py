@@ -16,10 +16,11 @@ from torch import Tensor
 from lit_longctx import cli
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import pack
+from lit_longctx.cache import Cache
 from lit_longctx.checkpoint import export_pretrained
 from lit_longctx.data.tokenizer import ByteTokenizer, JsonTokenizer
 from lit_longctx.generate import Pieces, Sampling, decode, generate, generate_text, reading, stream
-from lit_longctx.model import Cache, Llama, LlamaConfig
+from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import (
     DynamicNTK,
     Llama3,
@@ -169,7 +170,7 @@ def test_the_cache_holds_place_features_for_one_head_only():
     with torch.no_grad():
         model(TransformerXL(distance_dim=8)).logits(reading(prompts()), cache)
     shapes = [(3, 20, 2, 12), (3, 20, 1, 8), (3, 20, 2, 12)]
-    assert [tuple(held.shape) for held in cache.layers[0].held] == shapes
+    assert [tuple(held.shape) for held in cache.layers[0].stored] == shapes
 
 
 def test_a_cache_without_a_plan_grows():

@@ -1,24 +1,26 @@
 """Position schemes: how a token's place reaches attention."""
 
+from lit_longctx.position.longrope import LongRoPE
+from lit_longctx.position.nope import NoPE
 from lit_longctx.position.rotary import (
     DynamicNTK,
     Llama3,
-    LongRoPE,
     NTKAware,
     PositionInterpolation,
     RoPE,
     Rotary,
-    XPos,
     YaRN,
 )
 from lit_longctx.position.scheme import PositionScheme
 from lit_longctx.position.transformer_xl import TransformerXL
+from lit_longctx.position.xpos import XPos
 
 __all__ = [
     "DynamicNTK",
     "Llama3",
     "LongRoPE",
     "NTKAware",
+    "NoPE",
     "PositionInterpolation",
     "PositionScheme",
     "RoPE",

@@ -7,9 +7,9 @@ Notation: d = head_dim, b = theta, θ_i = b^(−2i/d), wavelength λ_i = 2π/θ_
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil, floor, log, pi, sqrt
+from math import ceil, floor, log, pi
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Num
@@ -57,6 +57,15 @@ def cos_sin(
     return torch.cat([angles.cos(), angles.sin()], dim=-1) * attention_factor
 
 
+ORIGINAL = "original_max_position_embeddings"
+ROPE_KEYS = {"theta": "rope_theta", "original_context": ORIGINAL}
+"""Hugging Face's names of fields, where they differ."""
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def require_context(original_context: int) -> None:
     """ValueError if a scheme was not told its L; `fit` takes it from the checkpoint beforehand."""
     if original_context < 1:
@@ -67,6 +76,50 @@ def require_context(original_context: int) -> None:
 
 class Rotary(PositionScheme):
     """A scheme that is given by one frequency per pair and a factor on cos and sin."""
+
+    rope_type: ClassVar[str | None] = None
+    """Hugging Face's name of the scheme, if it has one."""
+    rope_fields: ClassVar[tuple[str, ...]] = ("theta",)
+    """Fields that Hugging Face's `rope_parameters` hold."""
+
+    def to_rope(self, head_dim: int) -> dict[str, Any]:
+        """Return `rope_type` and the scheme's fields under Hugging Face's names."""
+        if self.rope_type is None:
+            return super().to_rope(head_dim)
+        return {"rope_type": self.rope_type} | {
+            ROPE_KEYS.get(name, name): _as_json(getattr(self, name)) for name in self.rope_fields
+        }
+
+    @classmethod
+    def from_rope(cls, rope: dict[str, Any], context: int) -> "Rotary":
+        """Build the scheme from `rope_parameters`, taking out the keys that it knows.
+
+        Args:
+            rope: Settings under Hugging Face's names.
+            context: The config's max_position_embeddings.
+
+        Raises:
+            ValueError: A key is missing.
+        """
+        return cls(**cls._rope_values(rope, context))
+
+    @classmethod
+    def _rope_values(cls, rope: dict[str, Any], context: int) -> dict[str, Any]:
+        original = int(rope.pop(ORIGINAL, context))
+        open_values = {"factor": context / original, "beta_fast": 32.0, "beta_slow": 1.0}
+        if "original_context" not in cls.rope_fields:
+            del open_values["factor"]
+        found: dict[str, Any] = {}
+        for name in cls.rope_fields:
+            key = ROPE_KEYS.get(name, name)
+            if name == "original_context":
+                found[name] = original
+            elif key not in rope and name not in open_values:
+                raise ValueError(f"rope key {key} is missing for rope_type {cls.rope_type}")
+            else:
+                value = rope.pop(key, open_values.get(name))
+                found[name] = value if isinstance(value, list) else float(value)
+        return found
 
     @property
     def attention_factor(self) -> float:
@@ -99,6 +152,8 @@ class RoPE(Rotary):
     theta: float = 10_000.0
     """Rotary base b. Llama 2: 1e4, Llama 3: 5e5, Llama 2 Long (ABF): 5e5."""
 
+    rope_type = "default"
+
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
         """θ_i."""
         return base_frequencies(self.theta, head_dim)
@@ -112,6 +167,9 @@ class PositionInterpolation(Rotary):
     """Rotary base b."""
     factor: float = field(kw_only=True)
     """s: how many times the original context is wanted."""
+
+    rope_type = "linear"
+    rope_fields = ("theta", "factor")
 
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
         """θ_i / s."""
@@ -130,6 +188,10 @@ class NTKAware(Rotary):
     def scaled_theta(self, head_dim: int) -> float:
         """The base that results; it is all that Hugging Face needs to know."""
         return self.theta * self.factor ** (head_dim / (head_dim - 2))
+
+    def to_rope(self, head_dim: int) -> dict[str, Any]:
+        """Return plain RoPE with the base that results."""
+        return RoPE(self.scaled_theta(head_dim)).to_rope(head_dim)
 
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
         """θ_i of the scaled base."""
@@ -150,10 +212,17 @@ class DynamicNTK(Rotary):
     original_context: int = field(default=0, kw_only=True)
     """L: tokens per sequence the starting checkpoint was trained on."""
 
+    rope_type = "dynamic"
+    rope_fields = ("theta", "factor")
     depends_on_length = True
 
     def __post_init__(self) -> None:
         require_context(self.original_context)
+
+    @classmethod
+    def from_rope(cls, rope: dict[str, Any], context: int) -> "Rotary":
+        """Build the scheme; transformers scales from max_position_embeddings, whatever is said."""
+        return cls(**cls._rope_values(rope, context), original_context=context)
 
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
         """θ_i of the base for `length` tokens; without a length, of b."""
@@ -196,6 +265,9 @@ class YaRN(Rotary):
     beta_slow: float = 1.0
     """Pairs that turn less often than this in L tokens are fully interpolated."""
 
+    rope_type = "yarn"
+    rope_fields = ("theta", "factor", "original_context", "beta_fast", "beta_slow")
+
     def __post_init__(self) -> None:
         require_context(self.original_context)
 
@@ -236,6 +308,9 @@ class Llama3(Rotary):
     original_context: int = field(default=0, kw_only=True)
     """L; Llama 3: 8,192."""
 
+    rope_type = "llama3"
+    rope_fields = ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_context")
+
     def __post_init__(self) -> None:
         require_context(self.original_context)
 
@@ -246,136 +321,3 @@ class Llama3(Rotary):
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = kept.clamp(0, 1)
         return (1 - kept) * base / self.factor + kept * base
-
-
-@dataclass(frozen=True)
-class LongRoPE(Rotary):
-    """A searched divisor for every pair (Ding et al. 2024, arXiv:2402.13753, eq. 3).
-
-    Documents of up to L tokens use `short_factor`, longer ones `long_factor`.
-    """
-
-    theta: float = 10_000.0
-    """Rotary base b."""
-    factor: float = field(kw_only=True)
-    """s: longest context over L; decides the attention factor."""
-    short_factor: Sequence[float] = field(kw_only=True)
-    """λ_i for documents of up to L tokens, one per pair."""
-    long_factor: Sequence[float] = field(kw_only=True)
-    """λ_i for longer documents, one per pair."""
-    original_context: int = field(default=0, kw_only=True)
-    """L: tokens per sequence the starting checkpoint was trained on."""
-    unscaled_tokens: int = 0
-    """n̂: so many first places of a document are not interpolated; Hugging Face lacks it."""
-
-    depends_on_length = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "short_factor", tuple(self.short_factor))
-        object.__setattr__(self, "long_factor", tuple(self.long_factor))
-        require_context(self.original_context)
-
-    @property
-    def attention_factor(self) -> float:
-        """√(1 + ln s / ln L) as its authors' code has it."""
-        return sqrt(1 + log(self.factor) / log(self.original_context)) if self.factor > 1 else 1.0
-
-    def _divided(self, factors: Sequence[float], head_dim: int) -> Float[Tensor, " freq"]:
-        if len(factors) != head_dim // 2:
-            raise ValueError(
-                f"LongRoPE needs {head_dim // 2} factors for head_dim {head_dim}, "
-                f"got {len(factors)}"
-            )
-        return base_frequencies(self.theta, head_dim) / torch.tensor(factors)
-
-    def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
-        """θ_i / λ_i; without a length, those of short documents."""
-        long = length is not None and length > self.original_context
-        return self._divided(self.long_factor if long else self.short_factor, head_dim)
-
-    def encode(
-        self,
-        position_ids: Num[Tensor, "batch seq"],
-        head_dim: int,
-        documents: Documents | None = None,
-    ) -> Float[Tensor, "batch seq code"]:
-        """Return [cos | sin]; documents choose between short and long factors, places by n̂."""
-        device = position_ids.device
-        long = (document_lengths(position_ids, documents) > self.original_context).unsqueeze(-1)
-        frequencies = torch.where(
-            long,
-            self._divided(self.long_factor, head_dim).to(device),
-            self._divided(self.short_factor, head_dim).to(device),
-        )
-        places = position_ids.unsqueeze(-1).float()
-        plain = base_frequencies(self.theta, head_dim).to(device)
-        frequencies = torch.where(places < self.unscaled_tokens, plain, frequencies)
-        return cos_sin(places * frequencies, self.attention_factor)
-
-
-class RotateAndScale(nn.Module):
-    """Rotate, and let q grow and k shrink with the place, at the price of rotation; no weights."""
-
-    def forward(
-        self,
-        q: Float[Tensor, "batch seq heads head_dim"],
-        k: Float[Tensor, "batch seq kv_heads head_dim"],
-        code: Float[Tensor, "batch seq code"],
-    ) -> tuple[
-        Float[Tensor, "batch seq heads head_dim"], Float[Tensor, "batch seq kv_heads head_dim"]
-    ]:
-        """`code` is [cos | sin] times the scale of q, then [cos | sin] times that of k."""
-        q_cos, q_sin, k_cos, k_sin = code.unsqueeze(2).chunk(4, dim=-1)
-        return turn(q.float(), q_cos, q_sin).to(q.dtype), turn(k.float(), k_cos, k_sin).to(k.dtype)
-
-
-@dataclass(frozen=True)
-class XPos(Rotary):
-    """RoPE whose scores decay with distance (Sun et al. 2022, arXiv:2212.10554, §2.2).
-
-    q is scaled by ζ_i^((p−c)/B) and k by its inverse, ζ_i = (2i/d + 0.4)/1.4, so that a score
-    depends on p_q − p_k alone; c only keeps the scales small. Needs bfloat16 or float32 (float16
-    overflows).
-    """
-
-    theta: float = 10_000.0
-    """Rotary base b; xPos ABF (Xiong et al. 2023): 5e5."""
-    scale_base: float = 512.0
-    """B: the larger, the slower the decay."""
-    centre: int = 16_384
-    """c: place whose scale is 1, best half the context; queries and cached keys must share it."""
-
-    def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
-        """θ_i, as RoPE."""
-        return base_frequencies(self.theta, head_dim)
-
-    def encode(
-        self,
-        position_ids: Num[Tensor, "batch seq"],
-        head_dim: int,
-        documents: Documents | None = None,
-    ) -> Float[Tensor, "batch seq code"]:
-        """Return [cos | sin] as q and as k has them; ValueError where a scale leaves float32."""
-        self._check(int(position_ids.min()), int(position_ids.max()))
-        places = position_ids.unsqueeze(-1)
-        zeta = (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim + 0.4) / 1.4
-        # the exponent is large far from the centre: float64 keeps the scale exact to float32
-        exponents = (places.double() - self.centre) / self.scale_base * zeta.log().to(places.device)
-        angles = places.float() * self.frequencies(head_dim).to(places.device)
-        scale = exponents.exp().float().repeat(1, 1, 2)
-        turned = cos_sin(angles, 1.0)
-        return torch.cat([turned * scale, turned / scale], dim=-1)
-
-    def _check(self, first: int, last: int) -> None:
-        allowed = -log(torch.finfo(torch.float32).tiny) / log(1.4 / 0.4)  # of (p − c)/B, for ζ_0
-        farthest = max(last - self.centre, self.centre - min(first, 0))
-        if farthest > allowed * self.scale_base:
-            fitting = ceil((farthest + 1) / allowed)
-            raise ValueError(
-                f"xPos scales leave float32 at place {last:,} with centre {self.centre:,}; "
-                f"set scale_base to {fitting} or more, or centre to half the context"
-            )
-
-    def layer(self, num_heads: int, head_dim: int) -> nn.Module:
-        """Rotation and scaling need no weights."""
-        return RotateAndScale()

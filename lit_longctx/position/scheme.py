@@ -1,12 +1,15 @@
 """What every position scheme is: a map of queries and keys, and nothing else."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from lit_longctx.batch import Documents
+
+KEEP_THE_RUN = "keep the run folder: lit_longctx evaluates and generates from it"
 
 
 class PositionScheme(ABC):
@@ -29,13 +32,24 @@ class PositionScheme(ABC):
     ) -> Float[Tensor, "batch seq code"]:
         """Return what the layers need to know of each place, in float32.
 
-        Computed once per forward pass and shared by all layers. `documents` are those of the keys;
-        they serve schemes that depend on how long a token's document is.
+        Computed once per forward pass and shared by all layers of a kind. `documents` are those of
+        the tokens; they serve schemes that depend on how long a token's document is.
         """
 
     @abstractmethod
     def layer(self, num_heads: int, head_dim: int) -> nn.Module:
         """Return what each block applies, (q, k, code) -> (q, k); has weights only if it learns."""
+
+    def to_rope(self, head_dim: int) -> dict[str, Any]:
+        """Return Hugging Face's `rope_parameters` of this scheme.
+
+        Raises:
+            ValueError: Hugging Face's Llama has no such scheme.
+        """
+        raise ValueError(
+            f"Hugging Face's Llama cannot represent {type(self).__name__}; "
+            f"train with a scheme that it has, or {KEEP_THE_RUN}"
+        )
 
     def initial_weight(self, name: str, shape: torch.Size) -> Tensor:
         """Return the start of a weight of `layer`; schemes that learn nothing are never asked."""
@@ -48,7 +62,4 @@ def document_lengths(
     """Length of each token's document in tokens; without documents, each row is one."""
     if documents is None:
         return (position_ids.amax(dim=1, keepdim=True).long() + 1).expand(position_ids.shape)
-    if documents.ids.shape == position_ids.shape:
-        return documents.lengths()
-    # cached keys: one document per row, all of the planned length
-    return position_ids.new_full(position_ids.shape, documents.longest).long()
+    return documents.lengths()

@@ -28,6 +28,8 @@ from lit_longctx.checkpoint import (
 from lit_longctx.data.stages import ENDLESS, Course, Stage
 from lit_longctx.data.tokenizer import check_tokenizer
 from lit_longctx.evaluation.metrics import LossByPosition
+from lit_longctx.keys import OWN, KeySource
+from lit_longctx.layers import Layers
 from lit_longctx.memory import Memory
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import PositionScheme, RoPE
@@ -111,6 +113,7 @@ class LanguageModule(LightningModule, ABC):
         self._check_data()
         with torch.device("meta"):
             llama = Llama(self.config, self.position, self.attn_implementation)
+        parallel.apply_recompute(llama)
         if self.activation_checkpointing:
             parallel.apply_activation_checkpointing(llama)
         if self.compile_blocks:
@@ -166,7 +169,9 @@ class LanguageModule(LightningModule, ABC):
         spread.
         """
         assert self.llama is not None
-        self.llama.position = self.position_at(self.global_step)
+        self.llama.layers = Layers.alike(
+            self.position_at(self.global_step), self.config.num_hidden_layers
+        )
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         weights = sum(
@@ -219,10 +224,10 @@ class LanguageModule(LightningModule, ABC):
             return self.learning_rate * self.schedule.factor(step, self.trainer.max_steps)
         return own.learning_rate * self.schedule.factor(step - begin, own.steps)
 
-    def _memories(self, step: Step) -> Sequence[Memory | None]:
+    def _memories(self, step: Step) -> Sequence[KeySource]:
         """Return the memory of each micro-batch's rows; empty at first and where rows jump."""
         if not self.memory:
-            return [None] * len(step.micro_batches)
+            return [OWN] * len(step.micro_batches)
         if not self.memories and self.global_step:
             rank_zero_only(print)(f"step {self.global_step}: resumed with an empty memory")
         if step.restart or not self.memories:
@@ -330,7 +335,9 @@ class LanguageModule(LightningModule, ABC):
                 f"until step {step} the run's stages were {held}, the config's are {ours}; go on "
                 "with those it began with"
             )
-        self.llama.position = self.position_at(max(0, step - 1))
+        self.llama.layers = Layers.alike(
+            self.position_at(max(0, step - 1)), self.config.num_hidden_layers
+        )
 
     def _begun(self, step: int) -> list[dict[str, Any]]:
         """Return what decided the first steps of a run in stages: all of the stages that ended."""

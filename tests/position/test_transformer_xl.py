@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from lit_longctx.attention import attention_backend
 from lit_longctx.batch import one_document
+from lit_longctx.keys import OwnLayer, View
 from lit_longctx.model import Attention, LlamaConfig
 from lit_longctx.position import TransformerXL
 
@@ -47,7 +48,8 @@ def test_the_original_layer(golden, name, key, memory):
     x = torch.cat([past, now], dim=1)
     code = scheme.encode(torch.arange(-memory, now.shape[1]).expand(2, -1), DIM)
     mask = backend.prepare(one_document(2, now.shape[1]), one_document(2, x.shape[1]))
-    found = rearrange(layer(x, code, mask, None, memory), "batch time width -> time batch width")
+    out = layer(x, now.shape[1], View(code, mask), OwnLayer())
+    found = rearrange(out, "batch time width -> time batch width")
     # the golden float32 numbers themselves are 6e-6 away from float64
     what = f"TransformerXL: output{key.replace('_', ' ')}, original code, {name}"
     assert_near(what, found, golden[f"out{key}"], atol=1e-5, rtol=1e-5)

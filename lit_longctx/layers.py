@@ -1,0 +1,90 @@
+"""Which position scheme and which attention window each layer of a model has."""
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from lit_longctx.position import PositionScheme
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Position scheme and attention window that a group of layers shares."""
+
+    position: PositionScheme
+    window: int | None = None
+    """Keys that a query may attend to, its own included; None: all of its document so far."""
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be 1 or more; got {self.window}; leave it out for none")
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The kinds of layers that a model has, and of which kind each layer is.
+
+        Layers((LayerKind(RoPE(), window=1024), LayerKind(NoPE())), (0, 0, 0, 1))
+
+    is four layers: three with rotary positions and a local window, one with neither.
+    """
+
+    kinds: tuple[LayerKind, ...]
+    """Each kind once; position codes and masks are made once for each."""
+    kind_of: tuple[int, ...]
+    """For every layer, the index of its kind."""
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.kind_of) - set(range(len(self.kinds)))):
+            raise ValueError(f"kind_of names kind {unknown[0]}; there are {len(self.kinds)} kinds")
+
+    @staticmethod
+    def alike(position: PositionScheme, num_layers: int) -> "Layers":
+        """Return layers that all have this scheme and see whole documents."""
+        return Layers((LayerKind(position),), (0,) * num_layers)
+
+    @property
+    def are_alike(self) -> bool:
+        """Whether one scheme and whole documents describe every layer."""
+        return len(self.kinds) == 1 and self.kinds[0].window is None
+
+    @property
+    def position(self) -> PositionScheme:
+        """The scheme that all layers share; ValueError where there are several."""
+        schemes = {str(kind.position): kind.position for kind in self.kinds}
+        if len(schemes) > 1:
+            raise ValueError(f"layers have several position schemes: {', '.join(schemes)}")
+        return next(iter(schemes.values()))
+
+    @property
+    def depend_on_length(self) -> bool:
+        """Whether a position code of any kind depends on how long its document is."""
+        return any(kind.position.depends_on_length for kind in self.kinds)
+
+    def position_of(self, layer: int) -> PositionScheme:
+        """Return the scheme of a layer."""
+        return self.kinds[self.kind_of[layer]].position
+
+    def with_theta(self, theta: float) -> "Layers":
+        """Return the same layers with another rotary base; ValueError where several have one."""
+        schemes = [cast(Any, kind.position) for kind in self.kinds]
+        bases = {scheme.theta for scheme in schemes if hasattr(scheme, "theta")}
+        if len(bases) != 1:
+            known = ", ".join(f"{base:g}" for base in sorted(bases)) or "none"
+            raise ValueError(f"theta {theta:g} is for layers that share a base; they have {known}")
+        changed = (
+            replace(kind, position=replace(cast(Any, kind.position), theta=theta))
+            if hasattr(kind.position, "theta")
+            else kind
+            for kind in self.kinds
+        )
+        return replace(self, kinds=tuple(changed))
+
+    def __str__(self) -> str:
+        """Schemes, windows and numbers of layers on one line."""
+        if self.are_alike:
+            return str(self.kinds[0].position)
+        counts = [self.kind_of.count(i) for i in range(len(self.kinds))]
+        return ", ".join(
+            f"{count} × {kind.position}" + (f" in windows of {kind.window}" if kind.window else "")
+            for count, kind in zip(counts, self.kinds, strict=True)
+        )

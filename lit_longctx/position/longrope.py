@@ -1,0 +1,90 @@
+"""LongRoPE: a divisor for every pair of features, found by search."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import log, sqrt
+from typing import Any
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor
+
+from lit_longctx.batch import Documents
+from lit_longctx.position.rotary import Rotary, base_frequencies, cos_sin, require_context
+from lit_longctx.position.scheme import KEEP_THE_RUN, document_lengths
+
+
+@dataclass(frozen=True)
+class LongRoPE(Rotary):
+    """A searched divisor for every pair (Ding et al. 2024, arXiv:2402.13753, eq. 3).
+
+    Documents of up to L tokens use `short_factor`, longer ones `long_factor`.
+    """
+
+    theta: float = 10_000.0
+    """Rotary base b."""
+    factor: float = field(kw_only=True)
+    """s: longest context over L; decides the attention factor."""
+    short_factor: Sequence[float] = field(kw_only=True)
+    """λ_i for documents of up to L tokens, one per pair."""
+    long_factor: Sequence[float] = field(kw_only=True)
+    """λ_i for longer documents, one per pair."""
+    original_context: int = field(default=0, kw_only=True)
+    """L: tokens per sequence the starting checkpoint was trained on."""
+    unscaled_tokens: int = 0
+    """n̂: so many first places of a document are not interpolated; Hugging Face lacks it."""
+
+    rope_type = "longrope"
+    rope_fields = ("theta", "factor", "short_factor", "long_factor", "original_context")
+    depends_on_length = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "short_factor", tuple(self.short_factor))
+        object.__setattr__(self, "long_factor", tuple(self.long_factor))
+        require_context(self.original_context)
+
+    def to_rope(self, head_dim: int) -> dict[str, Any]:
+        """Return Hugging Face's settings, which know no first tokens that are left alone."""
+        if self.unscaled_tokens:
+            raise ValueError(
+                f"Hugging Face cannot represent LongRoPE's unscaled_tokens {self.unscaled_tokens}; "
+                f"train with unscaled_tokens 0, or {KEEP_THE_RUN}"
+            )
+        return super().to_rope(head_dim)
+
+    @property
+    def attention_factor(self) -> float:
+        """√(1 + ln s / ln L) as its authors' code has it."""
+        return sqrt(1 + log(self.factor) / log(self.original_context)) if self.factor > 1 else 1.0
+
+    def _divided(self, factors: Sequence[float], head_dim: int) -> Float[Tensor, " freq"]:
+        if len(factors) != head_dim // 2:
+            raise ValueError(
+                f"LongRoPE needs {head_dim // 2} factors for head_dim {head_dim}, "
+                f"got {len(factors)}"
+            )
+        return base_frequencies(self.theta, head_dim) / torch.tensor(factors)
+
+    def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
+        """θ_i / λ_i; without a length, those of short documents."""
+        long = length is not None and length > self.original_context
+        return self._divided(self.long_factor if long else self.short_factor, head_dim)
+
+    def encode(
+        self,
+        position_ids: Num[Tensor, "batch seq"],
+        head_dim: int,
+        documents: Documents | None = None,
+    ) -> Float[Tensor, "batch seq code"]:
+        """Return [cos | sin]; documents choose between short and long factors, places by n̂."""
+        device = position_ids.device
+        long = (document_lengths(position_ids, documents) > self.original_context).unsqueeze(-1)
+        frequencies = torch.where(
+            long,
+            self._divided(self.long_factor, head_dim).to(device),
+            self._divided(self.short_factor, head_dim).to(device),
+        )
+        places = position_ids.unsqueeze(-1).float()
+        plain = base_frequencies(self.theta, head_dim).to(device)
+        frequencies = torch.where(places < self.unscaled_tokens, plain, frequencies)
+        return cos_sin(places * frequencies, self.attention_factor)
