@@ -1,26 +1,24 @@
-"""Model folders: Hugging Face folder ↔ Llama, our own run folders, Meta's checkpoints.
+"""Model folders: Hugging Face's, our own runs', Meta's; opened once, loaded, exported.
 
-Weights are read slice by slice from safetensors or from a distributed checkpoint into parameters
-that may be sharded already; nothing here unpickles a file that did not come from one of our runs.
+Nothing here unpickles a file that did not come from one of our runs.
 """
 
 import importlib
 import json
+import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+import torch.distributed as dist
 
-from lit_longctx import hugging_face, manifest, meta
+from lit_longctx import hugging_face, manifest, meta, parameters
 from lit_longctx import position as schemes
 from lit_longctx.attention import AttnImplementation
-from lit_longctx.model import Llama, LlamaConfig, initial_weight
+from lit_longctx.layers import LayerKind, Layers
+from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import PositionScheme
 
 MODEL = "model.json"
@@ -36,67 +34,254 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     CHAT_TEMPLATE,
 )
-SHARD_BYTES = 5 * 2**30
-"""Bytes of weights per exported file, as Hugging Face cuts them."""
-
-SCHEME = ".self_attn.position."
-"""Part of the names of weights that belong to a position scheme."""
 
 
-# ---- what a folder says of its model
+# ---- opening
 
 
-def resolve(folder: str | Path) -> Path:
-    """Return the folder that holds the weights: itself, or a run's newest whole checkpoint."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder and all that it says of its model, but the weights."""
+
+    path: Path
+    """Folder that holds the weights."""
+    config: LlamaConfig
+    layers: Layers
+    trained_context: int
+    """Tokens per sequence that the model was trained on."""
+    tokenizer: Path | None
+    """Folder that holds the tokenizer, if there is one."""
+    origin: dict[str, Any] | None
+    """What a run started from: its checkpoint and position scheme."""
+    run: Path | None = None
+    """The run's `checkpoints` if `path` is the newest of them, rather than one that was named."""
+    hashed: bool = False
+    """Whether the files' hashes were compared with the manifest."""
+
+    @property
+    def chat_template(self) -> Path | None:
+        """Jinja file of the tokenizer's chat template, if it has one of its own."""
+        file = self.tokenizer and self.tokenizer / CHAT_TEMPLATE
+        return file if file and file.is_file() else None
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """generation_config.json of the model, or of its tokenizer."""
+        folders = (self.path, self.tokenizer) if self.tokenizer else (self.path,)
+        files = [folder / GENERATION for folder in folders]
+        return next((json.loads(file.read_text()) for file in files if file.is_file()), {})
+
+    def inherited(self) -> dict[str, float]:
+        """Return what position schemes take over unless told otherwise: theta, original_context.
+
+        Of layers that differ, theta is there only where it is one.
+        """
+        found: dict[str, Any] = {"original_context": self.trained_context}
+        for name in ("theta", "original_context"):
+            values = {vars(kind.position).get(name) for kind in self.layers.kinds} - {None}
+            if len(values) == 1:
+                found[name] = values.pop()
+        return found
+
+    def verified(self) -> "Checkpoint":
+        """Return the checkpoint with its files' hashes checked, once, each process its share.
+
+        Of a run, the newest that is whole; others are named. All processes must call it.
+
+        Raises:
+            ValueError: A file is torn or altered; where the checkpoint was named, the newest whole
+                one beside it is named too.
+        """
+        if self.hashed or not (self.path / manifest.NAME).is_file():
+            return self
+        if self.run is not None:
+            path = newest_whole(self.run)
+            opened = self if path == self.path else _opened(path)
+            return replace(opened, run=self.run, hashed=True)
+        if fault := fault_in(self.path):
+            raise ValueError(f"{fault}; {_offer(self.path)}")
+        return replace(self, hashed=True)
+
+    def load(
+        self,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        attn_implementation: AttnImplementation = "sdpa",
+        position: PositionScheme | Layers | None = None,
+    ) -> Llama:
+        """Return the model with its weights.
+
+        Args:
+            device: Where the weights go.
+            dtype: Of the weights.
+            attn_implementation: Attention back end.
+            position: Scheme to use; default: the checkpoint's.
+
+        Raises:
+            ValueError: What is missing, torn, of another shape or beyond what this model can
+                represent, by name.
+        """
+        whole = self.verified()
+        with torch.device("meta"):
+            llama = Llama(whole.config, position or whole.layers, attn_implementation)
+        llama.to(dtype).to_empty(device=device)
+        parameters.fill(llama, whole.path)
+        return llama
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Open a Hugging Face folder, a run folder, one of its checkpoints, or Meta's.
+
+    Of our own checkpoints, the description is checked and the sizes of the files, not yet their
+    hashes: this happens on every process before they know each other. Of a run folder it is the
+    newest checkpoint that is whole as far as that shows; what is torn is named and skipped.
+
+    Raises:
+        ValueError: There is no model in the folder, or it is torn.
+    """
     path = Path(folder)
+    if path.is_dir() and path.name.startswith("step-"):
+        try:
+            return _opened(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; {_offer(path)}") from None
     if any((path / name).is_file() for name in ("config.json", MODEL, meta.PARAMS)):
-        return path
-    if (path / "checkpoints").is_dir():
-        return newest_whole(path / "checkpoints")
+        return _opened(path)
     if not path.exists():
         raise ValueError(f"checkpoint {path} does not exist; expected a Hugging Face or run folder")
-    raise ValueError(
-        f"{path} holds neither config.json nor checkpoints; expected a Hugging Face or run folder"
-    )
-
-
-def newest_whole(folder: Path) -> Path:
-    """Return the newest checkpoint of a run that verifies, naming on the way those that do not."""
-    steps = sorted((p for p in folder.glob("step-*") if ".tmp-" not in p.name), reverse=True)
-    for step in steps:
+    if not (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{path} holds neither config.json nor checkpoints; expected a Hugging Face or run "
+            "folder"
+        )
+    run = path / "checkpoints"
+    for step in steps_of(run):
         try:
-            manifest.verify(step)
-            return step
+            return replace(_opened(step), run=run)
         except ValueError as error:
-            print(f"skipping {step.name}: {error}")
-    raise ValueError(f"{folder} holds no whole checkpoint; start the run anew")
+            say(f"skipping {step.name}: {error}")
+    raise ValueError(f"{run} holds no whole checkpoint; start the run anew")
 
 
-def read_model(folder: str | Path) -> tuple[LlamaConfig, PositionScheme]:
-    """Return the config and position scheme of a Hugging Face folder or of one of our runs."""
-    path = resolve(folder)
-    if (path / MODEL).is_file():
+def _opened(path: Path) -> Checkpoint:
+    """Read what a folder that holds weights says of its model."""
+    origin, context = None, None
+    if (path / MODEL).is_file() or path.name.startswith("step-"):
+        manifest.verify_sizes(path, hashed=(MODEL,))
         description = json.loads((path / MODEL).read_text())
-        return LlamaConfig(**description["config"]), _scheme(description["position"])
-    if (path / "config.json").is_file():
-        return hugging_face.read_config(path)
-    return meta.read_params(path)
+        config = LlamaConfig(**description["config"])
+        layers = _layers(description, config)
+        origin, context = description.get("started_from"), description["context"]
+    else:
+        read = hugging_face.read_config if (path / "config.json").is_file() else meta.read_params
+        config, position = read(path)
+        layers = Layers.alike(position, config.num_hidden_layers)
+    context = context or config.max_position_embeddings
+    return Checkpoint(path, config, layers, context, _tokenizer_of(path), origin)
+
+
+def _tokenizer_of(path: Path) -> Path | None:
+    """Folder of a checkpoint's tokenizer: its own, or its run's."""
+    candidates = (path, path / "tokenizer", path.parent.parent / "tokenizer")
+    files = ("tokenizer.json", "tokenizer.model")
+    return next((c for c in candidates if any((c / f).is_file() for f in files)), None)
+
+
+# ---- whole or torn
+
+
+def steps_of(run: Path) -> list[Path]:
+    """Checkpoints of a run, newest first."""
+    return sorted((p for p in run.glob("step-*") if ".tmp-" not in p.name), reverse=True)
+
+
+def newest_whole(run: Path, but: Path | None = None) -> Path:
+    """Return the newest checkpoint whose hashes hold, naming on the way those that do not.
+
+    Every file is hashed by one process. `but` is left out: it is known to be torn.
+    """
+    for step in steps_of(run):
+        if step == but:
+            continue
+        fault = fault_in(step)
+        if fault is None:
+            return step
+        say(f"skipping {step.name}: {fault}")
+    raise ValueError(f"{run} holds no whole checkpoint; start the run anew")
+
+
+def fault_in(folder: Path) -> str | None:
+    """Hash a folder's files, each process its share; return the first fault, the same on all."""
+    among = dist.is_available() and dist.is_initialized()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if among else (0, 1)
+    try:
+        manifest.verify(folder, rank, ranks)
+        faults = [None]
+    except ValueError as error:
+        faults = [str(error)]
+    if ranks > 1:
+        gathered: list[Any] = [None] * ranks
+        dist.all_gather_object(gathered, faults[0])
+        faults = gathered
+    return next((fault for fault in faults if fault), None)
+
+
+def _offer(torn: Path) -> str:
+    """Name the newest whole checkpoint beside one that is torn."""
+    try:
+        return f"the newest whole one is {newest_whole(torn.parent, but=torn)}"
+    except ValueError:
+        return "there is no whole one beside it"
+
+
+def say(line: str) -> None:
+    """Print a line on one process of a run."""
+    if dist.is_available() and dist.is_initialized():
+        first = dist.get_rank() == 0
+    else:
+        first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    if first:
+        print(line, flush=True)
+
+
+# ---- what a run's checkpoint says of its model
 
 
 def describe(llama: Llama, context: int | None) -> dict[str, Any]:
     """Return what MODEL holds: enough to rebuild the model without the run's YAML."""
     return {
         "config": asdict(llama.config),
-        "position": describe_position(llama.position),
+        **describe_layers(llama.layers),
         "context": context,
         "torch": torch.__version__,
     }
+
+
+def describe_layers(layers: Layers) -> dict[str, Any]:
+    """Return `position` where one scheme describes all layers, else `layers`."""
+    if layers.are_alike:
+        return {"position": describe_position(layers.position)}
+    kinds = [
+        {"position": describe_position(kind.position), "window": kind.window}
+        for kind in layers.kinds
+    ]
+    return {"layers": {"kinds": kinds, "kind_of": list(layers.kind_of)}}
 
 
 def describe_position(position: PositionScheme) -> dict[str, Any]:
     """Return a scheme as class_path and init_args, the form configs use."""
     kind = type(position)
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": vars(position)}
+
+
+def _layers(description: dict[str, Any], config: LlamaConfig) -> Layers:
+    if "layers" not in description:
+        return Layers.alike(_scheme(description["position"]), config.num_hidden_layers)
+    kinds = description["layers"]["kinds"]
+    return Layers(
+        tuple(LayerKind(_scheme(kind["position"]), kind["window"]) for kind in kinds),
+        tuple(description["layers"]["kind_of"]),
+    )
 
 
 def _scheme(description: dict[str, Any]) -> PositionScheme:
@@ -106,25 +291,7 @@ def _scheme(description: dict[str, Any]) -> PositionScheme:
     return getattr(importlib.import_module(module), name)(**description["init_args"])
 
 
-def trained_context(folder: str | Path) -> int:
-    """Tokens per sequence that a checkpoint was trained on."""
-    path = resolve(folder)
-    if (path / MODEL).is_file():
-        context = json.loads((path / MODEL).read_text())["context"]
-        if context:
-            return context
-    return read_model(path)[0].max_position_embeddings
-
-
-def tokenizer_folder(folder: str | Path) -> Path | None:
-    """Folder that holds a checkpoint's tokenizer, if any: itself, or its run's `tokenizer`."""
-    path = resolve(folder)
-    candidates = (path, path / "tokenizer", path.parent.parent / "tokenizer")
-    files = ("tokenizer.json", "tokenizer.model")
-    return next((c for c in candidates if any((c / f).is_file() for f in files)), None)
-
-
-# ---- weights in
+# ---- in and out
 
 
 def load_pretrained(
@@ -141,148 +308,11 @@ def load_pretrained(
         attn_implementation: Attention back end.
 
     Raises:
-        ValueError: what is missing, torn, of another shape or beyond what this model can
+        ValueError: What is missing, torn, of another shape or beyond what this model can
             represent, by name.
     """
-    path = resolve(folder)
-    config, own = read_model(path)
-    with torch.device("meta"):
-        llama = Llama(config, position or own, attn_implementation)
-    llama.to_empty(device="cpu")
-    fill(llama, path)
-    return llama
-
-
-def fill(llama: Llama, folder: Path | None, seed: int = 0) -> list[str]:
-    """Fill parameters, sharded or not, from a folder; return the names that it did not hold.
-
-    Only weights of the position scheme may be missing (a RoPE checkpoint has none for
-    Transformer-XL): those, and everything when `folder` is None, start anew.
-    """
-    parameters: dict[str, Tensor] = {plain(name): p for name, p in llama.named_parameters()}
-    if folder is None:
-        missing = list(parameters)
-    elif (folder / MODEL).is_file():
-        missing = _fill_from_run(parameters, folder, llama.config)
-    elif (folder / "config.json").is_file():
-        missing = _fill_from_safetensors(parameters, folder, llama.config)
-    else:
-        missing = _fill_from_meta(parameters, folder, llama.config)
-    for name in missing:
-        shape = parameters[name].shape
-        if SCHEME in name:
-            weight = llama.position.initial_weight(name.rsplit(".", 1)[1], shape)
-        else:
-            weight = initial_weight(name, shape, llama.config.num_hidden_layers, seed)
-        _copy(parameters[name], weight)
-    return missing
-
-
-def plain(name: str) -> str:
-    """Parameter name without what activation checkpointing and compilation put into it."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-
-
-@torch.no_grad()
-def _copy(parameter: Tensor, stored: Any) -> None:
-    """Copy this rank's shard of `parameter` out of a tensor or a lazily read slice of a file."""
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(stored[:])
-        return
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    part = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-    parameter.to_local().copy_(stored[part])
-
-
-def _compare(
-    parameters: dict[str, Tensor], stored: dict[str, list[int]], folder: Path, config: LlamaConfig
-) -> list[str]:
-    """Return the scheme's weights that `folder` lacks; ValueError names any other difference."""
-    missing = [name for name in parameters if name not in stored]
-    if foreign := [name for name in missing if SCHEME not in name]:
-        raise ValueError(f"{folder} lacks {foreign[0]} ({len(foreign)} weights missing)")
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    for name in stored:
-        spare = name in tied or SCHEME in name or name.endswith("rotary_emb.inv_freq")
-        if name not in parameters and not spare:
-            raise ValueError(f"{folder} holds {name}, which this model has no place for")
-    for name, parameter in parameters.items():
-        if name in stored and stored[name] != list(parameter.shape):
-            expected = list(parameter.shape)
-            raise ValueError(f"{folder}: {name} is {stored[name]}, expected {expected}")
-    return missing
-
-
-def _fill_from_safetensors(
-    parameters: dict[str, Tensor], folder: Path, config: LlamaConfig
-) -> list[str]:
-    """Read of every tensor only the bytes that this rank holds."""
-    handles = [_open(file) for file in _safetensors_files(folder)]
-    stored = {name: handle.get_slice(name) for handle in handles for name in handle.keys()}  # noqa: SIM118
-    shapes = {name: list(part.get_shape()) for name, part in stored.items()}
-    missing = _compare(parameters, shapes, folder, config)
-    for name in parameters.keys() - set(missing):
-        _copy(parameters[name], stored[name])
-    return missing
-
-
-def _fill_from_meta(parameters: dict[str, Tensor], folder: Path, config: LlamaConfig) -> list[str]:
-    """Join and permute Meta's parts; every rank reads all of them, memory-mapped."""
-    stored = meta.read_weights(folder, config)
-    shapes = {name: list(weight.shape) for name, weight in stored.items()}
-    missing = _compare(parameters, shapes, folder, config)
-    for name in parameters.keys() - set(missing):
-        _copy(parameters[name], stored[name])
-    return missing
-
-
-def _safetensors_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if not index.is_file():
-        if single.is_file():
-            return [single]
-        raise ValueError(f"{folder} holds no model.safetensors; convert it to safetensors first")
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{folder / name}, named by {index.name}, is missing")
-    return [folder / name for name in names]
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is torn or no safetensors file: {error}") from None
-
-
-def _fill_from_run(parameters: dict[str, Tensor], folder: Path, config: LlamaConfig) -> list[str]:
-    """Load a run's distributed checkpoint in place, resharded as needed."""
-    import torch.distributed.checkpoint as dcp
-
-    manifest.verify(folder)
-    storage = dcp.FileSystemReader(folder)
-    metadata = storage.read_metadata().state_dict_metadata
-    prefix = "state_dict.llama."
-    shapes = {
-        name.removeprefix(prefix): list(getattr(entry, "size", []))
-        for name, entry in metadata.items()
-        if name.startswith(prefix)
-    }
-    missing = _compare(parameters, shapes, folder, config)
-    held = {f"llama.{name}": p.detach() for name, p in parameters.items() if name not in missing}
-    dcp.load(
-        {"state_dict": held}, storage_reader=storage, no_dist=not torch.distributed.is_initialized()
-    )
-    return missing
-
-
-# ---- weights out
+    opened = open_checkpoint(folder)
+    return opened.load(attn_implementation=attn_implementation, position=position)
 
 
 def export_pretrained(
@@ -307,7 +337,7 @@ def export_pretrained(
     config = hugging_face.config_json(llama, context, dtype)
     with manifest.whole_folder(Path(folder)) as temporary:
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _save_weights(llama, temporary, dtype)
+        parameters.save(llama, temporary, dtype)
         _save_tokenizer(tokenizer, temporary)
         (temporary / GENERATION).write_text(json.dumps(_ends(config, tokenizer), indent=2) + "\n")
         hugging_face.compare_with_transformers(temporary, llama)
@@ -323,30 +353,6 @@ def _ends(config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         both = {*(told if isinstance(told, list) else [told]), config["eos_token_id"]} - {None}
         ends["eos_token_id"] = sorted(both) if len(both) > 1 else next(iter(both), None)
     return ends
-
-
-def _save_weights(llama: Llama, folder: Path, dtype: torch.dtype) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for long_name, parameter in llama.named_parameters():
-        weight = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        weight = weight.detach().to("cpu", dtype).contiguous()
-        if filled and filled + weight.nbytes > SHARD_BYTES:
-            shards.append({})
-            filled = 0
-        shards[-1][plain(long_name)] = weight
-        filled += weight.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, name))
-    total = sum(weight.nbytes for shard in shards for weight in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -376,10 +382,9 @@ def export(
         output: Folder to make; must not exist.
         dtype: Of the stored weights.
     """
-    path = resolve(checkpoint)
-    llama = load_pretrained(path)
-    tokenizer, context = tokenizer_folder(path), trained_context(path)
-    export_pretrained(llama, output, tokenizer, context, getattr(torch, dtype))
-    print(f"{llama.position}, context {context:,}, tokenizer from {tokenizer}")
+    opened = open_checkpoint(checkpoint).verified()
+    llama, context = opened.load(), opened.trained_context
+    export_pretrained(llama, output, opened.tokenizer, context, getattr(torch, dtype))
+    print(f"{llama.layers}, context {context:,}, tokenizer from {opened.tokenizer}")
     print(f"wrote {output}")
     return Path(output)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import NO_TARGET, Batch, one_document
 from lit_longctx.cache import Cache
-from lit_longctx.checkpoint import load_pretrained, resolve, tokenizer_folder
+from lit_longctx.checkpoint import open_checkpoint
 from lit_longctx.data.tokenizer import Tokenizer, open_tokenizer
 from lit_longctx.model import Llama, chosen_device
 
@@ -308,13 +308,12 @@ def generate_text(
         device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
     """
     sampling = Sampling(temperature, top_k, top_p)
-    start = resolve(checkpoint)  # once: of a run folder it hashes the newest checkpoint
-    own = tokenizer or tokenizer_folder(start)
+    start = open_checkpoint(checkpoint)
+    own = tokenizer or start.tokenizer
     if own is None:
         raise ValueError(f"{checkpoint} has no tokenizer; pass --tokenizer")
     coder = open_tokenizer(str(own))
-    llama = load_pretrained(start, attn_implementation=attn_implementation).eval()
-    llama = llama.to(chosen_device(device), getattr(torch, dtype))
+    llama = start.load(chosen_device(device), getattr(torch, dtype), attn_implementation).eval()
     if prompt == "-":
         prompt = sys.stdin.read()
     stops = [stop] if isinstance(stop, str) else stop or []

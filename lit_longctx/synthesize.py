@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lit_longctx import manifest
 from lit_longctx.attention import AttnImplementation
-from lit_longctx.checkpoint import load_pretrained, resolve, tokenizer_folder
+from lit_longctx.checkpoint import open_checkpoint
 from lit_longctx.data.chat_template import ChatTemplate
 from lit_longctx.data.chats import Conversation, Malformed, Message
 from lit_longctx.data.documents import Faults, Reader
@@ -370,8 +370,8 @@ class Checkpoint(Generator):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         device: str = "auto",
     ) -> None:
-        start = resolve(checkpoint)
-        own = tokenizer or tokenizer_folder(start)
+        start = open_checkpoint(checkpoint).verified()
+        own = tokenizer or start.tokenizer
         if own is None:
             raise ValueError(f"{checkpoint} has no tokenizer; pass --task.generator.tokenizer")
         self.tokenizer = open_tokenizer(str(own))
@@ -379,9 +379,9 @@ class Checkpoint(Generator):
         self.max_tokens = max_tokens
         self.sampling = Sampling(temperature, top_p=top_p)
         self.prefill_tokens = prefill_tokens
-        self.checkpoint, self.holds, self.dtype = checkpoint, identity(start), dtype
-        llama = load_pretrained(start, attn_implementation=attn_implementation).eval()
-        self.llama = llama.to(chosen_device(device), getattr(torch, dtype))
+        self.checkpoint, self.holds, self.dtype = checkpoint, identity(start.path), dtype
+        llama = start.load(chosen_device(device), getattr(torch, dtype), attn_implementation)
+        self.llama = llama.eval()
 
     def identity(self) -> dict[str, Any]:
         """Return what the folder holds, how it is spoken to and how its tokens are drawn."""

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lit_longctx import checkpoint
-from lit_longctx.checkpoint import export_pretrained, load_pretrained, trained_context
+from lit_longctx import parameters
+from lit_longctx.checkpoint import export_pretrained, load_pretrained, open_checkpoint
 from lit_longctx.data.prepare import prepare
 from lit_longctx.data.tokenizer import ByteTokenizer
 from lit_longctx.generate import reading
@@ -57,7 +57,7 @@ def difference(folder, llama):
 @pytest.mark.parametrize("sharded", [False, True])
 def test_round_trip(tmp_path, kind, sharded, monkeypatch):
     if sharded:
-        monkeypatch.setattr(checkpoint, "SHARD_BYTES", 30_000)
+        monkeypatch.setattr(parameters, "SHARD_BYTES", 30_000)
     llama = tiny(**KINDS[kind])
     export_pretrained(llama, tmp_path / "out", ByteTokenizer(), context=8192)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1 if sharded else True
@@ -65,7 +65,7 @@ def test_round_trip(tmp_path, kind, sharded, monkeypatch):
     again = load_pretrained(tmp_path / "out")
     assert again.position == llama.position
     assert again.config.max_position_embeddings == 8192
-    assert trained_context(tmp_path / "out") == 8192
+    assert open_checkpoint(tmp_path / "out").trained_context == 8192
     for (name, a), (_, b) in zip(
         llama.state_dict().items(), again.state_dict().items(), strict=True
     ):
@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, changes, message):
 
 
 def test_torn_and_missing_files_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(parameters, "SHARD_BYTES", 30_000)
     folder = export_pretrained(tiny(), tmp_path / "out")
     shard = sorted(folder.glob("*.safetensors"))[1]
     content = shard.read_bytes()

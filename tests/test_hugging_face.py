@@ -6,7 +6,7 @@ import pytest
 import torch
 from differences import assert_near
 
-from lit_longctx import checkpoint
+from lit_longctx import parameters
 from lit_longctx.checkpoint import export_pretrained, load_pretrained
 from lit_longctx.generate import reading
 from lit_longctx.hugging_face import read_position
@@ -98,7 +98,7 @@ def test_round_trip(tmp_path, rope, kind, monkeypatch):
         tmp_path / "theirs", max_shard_size="40KB" if kind == "sharded" else "50GB"
     )
     if kind == "sharded":
-        monkeypatch.setattr(checkpoint, "SHARD_BYTES", 30_000)
+        monkeypatch.setattr(parameters, "SHARD_BYTES", 30_000)
     ours = load_pretrained(tmp_path / "theirs")
     export_pretrained(ours, tmp_path / "ours")
     assert load_pretrained(tmp_path / "ours").position == ours.position

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_longctx import manifest
-from lit_longctx.checkpoint import CHAT_TEMPLATE, GENERATION, read_model, resolve, tokenizer_folder
+from lit_longctx.checkpoint import CHAT_TEMPLATE, GENERATION, open_checkpoint
 from lit_longctx.data.chat_template import ChatTemplate
 from lit_longctx.data.chunks import BLOCK, SPLITS, SplitWriter
 from lit_longctx.data.conversations import conversation_units, rendered, set_apart_by
@@ -107,8 +107,8 @@ def prepare(
     with manifest.whole_folder(Path(output)) as folder:
         about = described(coder)
         if filter:
-            scorer = resolve(filter.checkpoint)
-            check_tokenizer(about, read_model(scorer)[0].vocab_size, tokenizer_folder(scorer))
+            scorer = open_checkpoint(filter.checkpoint)
+            check_tokenizer(about, scorer.config.vocab_size, scorer.tokenizer)
         writers = {
             split: SplitWriter(folder / split, about, chunk_tokens, chat) for split in SPLITS
         }

@@ -7,19 +7,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_longctx.batch import Batch, Step
+from lit_longctx.data.interface import DataDescription, TrainingData
 from lit_longctx.data.lanes import Lanes
 from lit_longctx.data.order import Order
+from lit_longctx.data.places import Places
 from lit_longctx.data.stages import Course, Stage
 
 Rows = list[tuple[int, int, int]]
 """(source, window, sample) of each row; window −1 is padding, without targets."""
 
 
-class StepData(LightningDataModule, ABC):
+class StepData(TrainingData, ABC):
     """Samples by number: a subclass says which windows there are, and how rows become a batch.
 
     The n-th sample is a function of n alone, so that a resume is exact on any number of processes,
@@ -36,9 +37,23 @@ class StepData(LightningDataModule, ABC):
     """Tokens of the longest row."""
     num_workers: int
     held_out_windows: int
+    places: Places | None
     lanes: bool = False
     staged: bool = False
     sorted: bool = False
+
+    def description(self) -> DataDescription:
+        """Return what training must know."""
+        return DataDescription(
+            sources=tuple(self.sources),
+            window=self.window,
+            course=self.course,
+            staged=self.staged,
+            lanes=self.lanes,
+            context=self.places.context if self.places else None,
+            tokenizer=self.tokenizer,
+            tokenizer_folder=self.tokenizer_folder,
+        )
 
     @abstractmethod
     def readers(self, stage: Stage) -> Mapping[str, Any]:
@@ -86,7 +101,7 @@ class StepData(LightningDataModule, ABC):
                 f"the stages have {self.course.steps[-1]} steps; got trainer.max_steps "
                 f"{trainer.max_steps}, set it to their sum"
             )
-        consumed = int(getattr(trainer.lightning_module, "samples_consumed", 0))
+        consumed = self.samples_consumed
         shift = consumed - self.course.first_sample(trainer.global_step)
         if self.staged and shift:
             raise ValueError(

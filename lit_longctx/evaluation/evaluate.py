@@ -10,13 +10,7 @@ from tqdm import tqdm
 
 import lit_longctx
 from lit_longctx.attention import AttnImplementation
-from lit_longctx.checkpoint import (
-    load_pretrained,
-    read_model,
-    resolve,
-    tokenizer_folder,
-    trained_context,
-)
+from lit_longctx.checkpoint import Checkpoint, open_checkpoint
 from lit_longctx.data.chunks import BLOCK
 from lit_longctx.data.conversations import Conversations
 from lit_longctx.data.remote import open_folder
@@ -26,7 +20,7 @@ from lit_longctx.data.windows import Windows
 from lit_longctx.evaluation.answers import Answers
 from lit_longctx.evaluation.grid import Grid, Probe
 from lit_longctx.evaluation.held_out import HeldOutLoss
-from lit_longctx.evaluation.measure import Measure, Section
+from lit_longctx.evaluation.measure import Measure, Section, Unit
 from lit_longctx.evaluation.prompts import Haystack
 from lit_longctx.evaluation.sliding import Slide, SlidingPerplexity
 from lit_longctx.journal import Journal
@@ -76,48 +70,69 @@ def evaluate(
             raise ValueError(f"expected one {name} or more; got none")
     if windows < 1:
         raise ValueError(f"windows must be 1 or more; got {windows}")
-    device = chosen_device(device)
+    compute = Compute(chosen_device(device), dtype, attn_implementation)
     held_out = open_held_out(data, window, whole_windows="loss" in tasks)
     measures = {name: measure_named(name, held_out, windows, sliding, grid) for name in tasks}
-    starts = {folder: resolve(folder) for folder in checkpoint}  # hashes a run's checkpoint: once
+    units = [(name, unit) for name, each in measures.items() for unit in each.units()]
+    starts = {folder: open_checkpoint(folder).verified() for folder in checkpoint}
     for start in starts.values():
         check_vocabulary(start, held_out)
-    units = [(name, unit) for name, each in measures.items() for unit in each.units()]
     values: dict[str, dict[str, list[Any]]] = {name: {} for name in measures}
     with Journal(Path(output) / "measurements.jsonl") as held:
         for folder, start in starts.items():
-            known = {
-                "version": lit_longctx.__version__,
-                "checkpoint": folder,
-                "holds": identity(start),
-                "attn_implementation": attn_implementation,
-                "dtype": dtype,
-                "device": device,
-            }
-            asked = [({**known, "task": name, **unit}, name, unit) for name, unit in units]
-            missing = [each for each in asked if each[0] not in held]
-            if len(missing) < len(asked):
-                had = len(asked) - len(missing)
-                print(f"{folder}: {had} of {len(asked)} values are in {held.path}")
-            if missing:
-                llama = load_pretrained(start, attn_implementation=attn_implementation)
-                llama = llama.to(device, getattr(torch, dtype)).eval()
-                for of, name, unit in tqdm(missing, desc=folder, disable=None):
-                    value = measures[name].measure(llama, unit)
-                    if without_nan(value) != value:
-                        raise ValueError(
-                            f"{folder} gives {name} that is no number at {unit}; leave it out, or "
-                            "set --dtype float32"
-                        )
-                    held.add(of, value)
-            for of, name, _ in asked:
-                values[name].setdefault(folder, []).append(held[of])
-    trained = trained_context(starts[checkpoint[0]])
+            found = measure_all(folder, start, measures, units, compute, held)
+            for (name, _), value in zip(units, found, strict=True):
+                values[name].setdefault(folder, []).append(value)
+    trained = starts[checkpoint[0]].trained_context
     sections = [each.report(values[name], trained) for name, each in measures.items()]
     result = write(sections, {"trained_context": trained}, Path(output))
     print("\n\n".join(table for section in sections for table in section.tables.values()))
     print(f"wrote {output}/results.json, tables and figures")
     return result
+
+
+class Compute(NamedTuple):
+    """What a model runs on, and how."""
+
+    device: str
+    dtype: str
+    attn_implementation: AttnImplementation
+
+
+def measure_all(
+    folder: str,
+    start: Checkpoint,
+    measures: dict[str, Measure],
+    units: list[tuple[str, Unit]],
+    compute: Compute,
+    held: Journal,
+) -> list[Any]:
+    """Return a checkpoint's value of every unit of every task; compute those not kept yet."""
+    known = {
+        "version": lit_longctx.__version__,
+        "checkpoint": folder,
+        "holds": identity(start.path),
+        "attn_implementation": compute.attn_implementation,
+        "dtype": compute.dtype,
+        "device": compute.device,
+    }
+    items = [({**known, "task": name, **unit}, name, unit) for name, unit in units]
+    missing = [item for item in items if item[0] not in held]
+    if len(missing) < len(items):
+        kept = len(items) - len(missing)
+        print(f"{folder}: {kept} of {len(items)} values are in {held.path}")
+    if missing:
+        dtype = getattr(torch, compute.dtype)
+        llama = start.load(compute.device, dtype, compute.attn_implementation).eval()
+        for of, name, unit in tqdm(missing, desc=folder, disable=None):
+            value = measures[name].measure(llama, unit)
+            if without_nan(value) != value:
+                raise ValueError(
+                    f"{folder} gives {name} that is no number at {unit}; leave it out, or set "
+                    "--dtype float32"
+                )
+            held.add(of, value)
+    return [held[of] for of, *_ in items]
 
 
 class HeldOut(NamedTuple):
@@ -176,12 +191,11 @@ def haystack(held_out: Windows, tokens: int) -> Haystack:
     return Haystack.of_tokens(coder, held_out.read(0, min(held_out.tokens, 2 * tokens)))
 
 
-def check_vocabulary(start: Path, held_out: HeldOut) -> None:
+def check_vocabulary(start: Checkpoint, held_out: HeldOut) -> None:
     """Refuse data whose tokens are not the checkpoint's, before anything is measured."""
-    config, own = read_model(start)[0], tokenizer_folder(start)
     chats = [each.windows for each in held_out.conversations.values()]
     for source in [*held_out.documents.values(), *chats]:
-        check_tokenizer(source.manifest["tokenizer"], config.vocab_size, own)
+        check_tokenizer(source.manifest["tokenizer"], start.config.vocab_size, start.tokenizer)
 
 
 def write(sections: list[Section], result: dict[str, Any], folder: Path) -> dict[str, Any]:

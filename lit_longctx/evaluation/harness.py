@@ -21,13 +21,7 @@ from tqdm import tqdm
 
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import pack
-from lit_longctx.checkpoint import (
-    describe_position,
-    load_pretrained,
-    resolve,
-    tokenizer_folder,
-    trained_context,
-)
+from lit_longctx.checkpoint import describe_layers, open_checkpoint
 from lit_longctx.data.tokenizer import open_tokenizer
 from lit_longctx.generate import GREEDY, Pieces, Sampling, decode
 from lit_longctx.head import token_hits
@@ -95,17 +89,17 @@ class HarnessModel(TemplateLM):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"expected a batch_size of 1 or more; got {batch_size}; give a number")
-        start = resolve(pretrained)  # once: of a run folder it hashes the newest checkpoint
-        own = tokenizer or tokenizer_folder(start)
+        start = open_checkpoint(pretrained)
+        own = tokenizer or start.tokenizer
         if own is None:
             raise ValueError(f"{pretrained} has no tokenizer; pass tokenizer=FOLDER in model_args")
         if device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"  # lm-eval's command says cuda:0 where its user says nothing
         self._device = torch.device(chosen_device(device))
         self.coder = open_tokenizer(str(own))
-        llama = load_pretrained(start, attn_implementation=attn_implementation).eval()
-        self.llama = llama.to(self._device, getattr(torch, dtype))
-        self.max_length = max_length or trained_context(start)
+        llama = start.load(self._device, getattr(torch, dtype), attn_implementation)
+        self.llama = llama.eval()
+        self.max_length = max_length or start.trained_context
         self.max_gen_toks = max_gen_toks
         self.batch_size = int(batch_size)
         self.add_bos_token = add_bos_token
@@ -134,7 +128,7 @@ class HarnessModel(TemplateLM):
         return {
             "model_num_parameters": sum(p.numel() for p in self.llama.parameters()),
             "model_dtype": str(self.llama.head_weight.dtype),
-            "position": describe_position(self.llama.position),
+            **describe_layers(self.llama.layers),
             "max_length": self.max_length,
         }
 

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_longctx.batch import Step
+from lit_longctx.data.interface import describe_data
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -143,6 +144,6 @@ class KeepTokenizer(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Copy once."""
-        source = getattr(module, "tokenizer_folder", None)
+        source = describe_data(getattr(trainer, "datamodule", None)).tokenizer_folder
         if source and trainer.is_global_zero:
             shutil.copytree(source, run_folder(trainer) / "tokenizer", dirs_exist_ok=True)

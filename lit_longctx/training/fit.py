@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lit_longctx.data.finetuning
 import lit_longctx.data.pretraining  # noqa: F401 - makes the classes known by their short names
-from lit_longctx.checkpoint import newest_whole, read_model, resolve, trained_context
+from lit_longctx.checkpoint import open_checkpoint
 from lit_longctx.training.callbacks import Checkpoints, KeepTokenizer, ProgressLine
 from lit_longctx.training.module import LanguageModule
 from lit_longctx.training.parallel import FSDP2Strategy  # noqa: F401 - likewise
@@ -90,31 +90,27 @@ def inherit_position(model: Any, given: Any) -> None:
     position = model.init_args.get("position")
     if not checkpoint or not position:
         return
-    start = resolve(checkpoint)  # once: of a run folder it hashes the newest checkpoint
-    _, own = read_model(start)
-    sources = {
-        "theta": getattr(own, "theta", None),
-        "original_context": getattr(own, "original_context", trained_context(start)),
-    }
+    sources = open_checkpoint(checkpoint).inherited()
     chosen = given.init_args.position.get("init_args") or {}
     for name in INHERITED:
-        if name in position.init_args and chosen.get(name) is None and sources[name] is not None:
+        if name in position.init_args and chosen.get(name) is None and name in sources:
             position.init_args[name] = sources[name]
             rank_zero_only(print)(f"position: {name} {sources[name]:g} from {checkpoint}")
 
 
 def find_checkpoint(run: Path, asked: str | None, resume: bool) -> str | None:
-    """Resolve `last`; refuse to begin a run in a folder that holds one."""
+    """Resolve `last` to the run's checkpoints; refuse to begin a run in a folder that has some.
+
+    Which of them is the newest whole one, all processes find out together when they load it.
+    """
     folder = run / "checkpoints"
-    held = folder.is_dir() and any(folder.glob("step-????????"))
-    if asked == "last" and held:
-        asked = str(newest_whole(folder))
-    elif asked and resume and Path(asked).resolve().parent == folder.resolve():
-        refuse_abandoned(Path(asked))
-    elif asked == "last" and resume:
+    found = folder.is_dir() and any(folder.glob("step-????????"))
+    if asked == "last" and found:
+        return str(folder)
+    if asked == "last" and resume:
         rank_zero_only(print)(f"{folder} holds no checkpoint yet: starting anew")
         return None
-    if asked is None and held and resume:
+    if asked is None and found and resume:
         raise ValueError(
             f"{run} holds a run already; continue it with --ckpt_path last, "
             "or choose another --trainer.default_root_dir"
@@ -123,20 +119,7 @@ def find_checkpoint(run: Path, asked: str | None, resume: bool) -> str | None:
         raise ValueError(
             f"checkpoint {asked} does not exist; expected a folder like {folder}/step-00000100"
         )
-    if asked is not None and resume:
-        rank_zero_only(print)(f"going on from {asked}")
     return asked
-
-
-def refuse_abandoned(asked: Path) -> None:
-    """Refuse an older checkpoint of this run: `last` would later go on from the newer ones."""
-    if any(p.name > asked.name for p in asked.parent.glob("step-????????")):
-        newest = newest_whole(asked.parent)
-        if newest.name > asked.name:
-            raise ValueError(
-                f"{asked} has newer checkpoints beside it, up to {newest.name}; remove them, "
-                "or choose another --trainer.default_root_dir"
-            )
 
 
 def fit(arguments: list[str]) -> None:

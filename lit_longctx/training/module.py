@@ -1,31 +1,21 @@
 """Batch → step: token-exact loss under accumulation and ranks, clipping, AdamW."""
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast, final
+from typing import Any, Literal, final
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from lit_longctx import parameters
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import Batch, Step
-from lit_longctx.checkpoint import (
-    describe,
-    describe_position,
-    fill,
-    read_model,
-    resolve,
-    tokenizer_folder,
-    trained_context,
-)
-from lit_longctx.data.stages import ENDLESS, Course, Stage
+from lit_longctx.checkpoint import Checkpoint, describe, describe_layers, open_checkpoint
+from lit_longctx.data.interface import DataDescription, TrainingData, describe_data
 from lit_longctx.data.tokenizer import check_tokenizer
 from lit_longctx.evaluation.metrics import LossByPosition
 from lit_longctx.keys import OWN, KeySource
@@ -35,6 +25,8 @@ from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import PositionScheme, RoPE
 from lit_longctx.training import parallel
 from lit_longctx.training.schedule import Schedule, WarmupCosine
+from lit_longctx.training.settings import StageSettings
+from lit_longctx.training.step import StepResult, accumulate_gradients
 
 
 class LanguageModule(LightningModule, ABC):
@@ -80,14 +72,13 @@ class LanguageModule(LightningModule, ABC):
                 "give either a checkpoint to start from or a config for random weights"
             )
         self.automatic_optimization = False
-        self.start = None if checkpoint is None else resolve(checkpoint)
-        own = RoPE()
-        if self.start is not None:
-            config, own = read_model(self.start)
+        self.start = None if checkpoint is None else open_checkpoint(checkpoint)
+        own = None if self.start is None else self.start.layers
+        config = config if self.start is None else self.start.config
         assert config is not None
         self.config = config
-        self.origin = own if checkpoint else None
-        self.position = position or own
+        alike = Layers.alike(position or RoPE(), config.num_hidden_layers)
+        self.layers = alike if position or own is None else own
         self.attn_implementation: AttnImplementation = attn_implementation
         self.learning_rate = learning_rate
         self.schedule = schedule
@@ -104,6 +95,10 @@ class LanguageModule(LightningModule, ABC):
         self.llama: Llama | None = None
         self.held_out_loss: LossByPosition | None = None
 
+    @abstractmethod
+    def context(self, window: int | None) -> int | None:
+        """Return the tokens of context that a model has which was trained on such windows."""
+
     # ---- the model
 
     def configure_model(self) -> None:
@@ -112,41 +107,59 @@ class LanguageModule(LightningModule, ABC):
             return
         self._check_data()
         with torch.device("meta"):
-            llama = Llama(self.config, self.position, self.attn_implementation)
+            llama = Llama(self.config, self.layers, self.attn_implementation)
         parallel.apply_recompute(llama)
         if self.activation_checkpointing:
             parallel.apply_activation_checkpointing(llama)
         if self.compile_blocks:
             parallel.apply_compile(llama)
-        if isinstance(self.trainer.strategy, parallel.FSDP2Strategy):
-            mesh = self.trainer.strategy.device_mesh["data_parallel"]
-            parallel.apply_sharding(llama, mesh, self.compute_dtype)
-        llama.to_empty(device=self.trainer.strategy.root_device)
-        fresh = fill(llama, self.start, self.seed)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, parallel.FSDP2Strategy):
+            parallel.apply_sharding(
+                llama, strategy.device_mesh["data_parallel"], self.compute_dtype
+            )
+            strategy.check_model = self._check_resumed
+        llama.to_empty(device=strategy.root_device)
+        fresh = parameters.fill(llama, self._whole_start(), self.seed)
         self.llama = llama
         self._announce(fresh)
 
+    def _whole_start(self) -> Path | None:
+        """Return the folder of the first weights; its files are hashed here, and only here."""
+        if self.start is None:
+            return None
+        whole = self.start.verified()
+        if (whole.config, whole.layers) != (self.start.config, self.start.layers):
+            raise ValueError(
+                f"{self.start.path} is torn, and {whole.path} before it is of another model; "
+                "name that one as the model's checkpoint"
+            )
+        self.start = whole
+        return whole.path
+
     def _check_data(self) -> None:
-        data = self._data
-        tokenizer = getattr(data, "tokenizer", None)
-        if self.memory and not getattr(data, "lanes", False):
+        data = self.data
+        if self.memory and not data.lanes:
             raise ValueError("memory needs rows that walk through documents; set data's lanes true")
-        if self.memory and self.position.depends_on_length:
-            raise ValueError(f"{type(self.position).__name__} cannot have a memory; set memory 0")
-        if tokenizer:
-            folder = tokenizer_folder(self.start) if self.start else None
-            check_tokenizer(tokenizer, self.config.vocab_size, folder)
+        if self.memory and self.layers.depend_on_length:
+            raise ValueError(f"{self.layers} cannot have a memory; set memory 0")
+        if data.tokenizer:
+            folder = self.start and self.start.tokenizer
+            check_tokenizer(data.tokenizer, self.config.vocab_size, folder)
 
     @rank_zero_only
     def _announce(self, fresh: list[str]) -> None:
         assert self.llama is not None
         number = sum(p.numel() for p in self.llama.parameters())
-        origin = self.start or "random weights"
-        print(f"model: {number:,} parameters from {origin}")
-        before = f"{self.origin} → " if self.origin not in (None, self.position) else ""
-        print(f"position: {before}{self.position}")
+        print(f"model: {number:,} parameters from {self._whole_start() or 'random weights'}")
+        before = (
+            f"{self.start.layers} → " if self.start and self.start.layers != self.layers else ""
+        )
+        print(f"position: {before}{self.layers}")
         if self.start is not None and fresh:
-            print(f"model: {len(fresh)} weights of {type(self.position).__name__} start anew")
+            print(
+                f"model: {len(fresh)} weights of {type(self.layers.position).__name__} start anew"
+            )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW; matrices decay, vectors (norms, biases) do not."""
@@ -162,70 +175,48 @@ class LanguageModule(LightningModule, ABC):
     # ---- one step
 
     def training_step(self, step: Step, step_index: int) -> None:
-        """Run all micro-batches of an optimizer step and update.
-
-        Each micro-batch backpropagates Σ nats·w · G / W, with G the ranks that FSDP averages over
-        and W the weights of all their micro-batches: the mean over targets, however they are
-        spread.
-        """
+        """Run all micro-batches of an optimizer step and update."""
         assert self.llama is not None
-        self.llama.layers = Layers.alike(
-            self.position_at(self.global_step), self.config.num_hidden_layers
-        )
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        weights = sum(
-            (b.loss_weights.sum(dtype=torch.float64) for b in step.micro_batches), self._zero()
+        settings = self.settings
+        self.llama.layers = settings.layers_at(self.global_step)
+        found = accumulate_gradients(
+            self.llama,
+            step.micro_batches,
+            self._sources(step),
+            self.manual_backward,
+            self.gradient_clip,
         )
-        total = self._sum_over_ranks(weights).clamp(min=1e-8)  # no target at all: loss 0, not NaN
-        ranks = self.trainer.world_size
-        loss = self._zero()
-        for batch, memory in zip(step.micro_batches, self._memories(step), strict=True):
-            summed, _ = self.llama.loss(batch, memory)
-            self.manual_backward(summed * (ranks / total).to(summed.dtype))
-            loss += summed.detach()
-        mean = self._sum_over_ranks(loss) / total
-        norm = self._clip()
-        if not (mean.isfinite() and norm.isfinite()):
+        if not found.is_finite:
             optimizer.zero_grad()
-            raise FloatingPointError(self._describe_blow_up(step, float(mean), float(norm)))
-        rate = self._learning_rate(self.global_step)
+            raise FloatingPointError(self._describe_blow_up(step, found))
+        rate = settings.learning_rate_at(self.global_step, self.trainer.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        self.samples_consumed = step.next_sample
-        self._log_step(mean=mean, norm=norm, rate=rate, tokens=step.next_token)
+        self._count(step.next_sample)
+        values = {
+            "loss": found.loss.float(),
+            "grad_norm": found.grad_norm,
+            "lr": rate,
+            "tokens": float(step.next_token),
+        }
+        self.log_dict({f"train/{name}": value for name, value in values.items()})
 
     @property
-    def _data(self) -> Any:
-        """The data module, if there is one; any may come, so only ask it for what it may lack."""
-        return getattr(self.trainer, "datamodule", None)
+    def data(self) -> DataDescription:
+        """What the data says of itself."""
+        return describe_data(getattr(self.trainer, "datamodule", None))
 
     @property
-    def course(self) -> Course:
-        """The run's stages, of which the data knows; one without end where it knows of none."""
-        return getattr(self._data, "course", Course([Stage(ENDLESS, 1, 1)]))
+    def settings(self) -> StageSettings:
+        """Layers and learning rate of every step."""
+        return StageSettings(self.data.course, self.layers, self.learning_rate, self.schedule)
 
-    def position_at(self, step: int) -> PositionScheme:
-        """Return the position scheme of a step: a stage may have its own theta."""
-        theta = self.course.stages[self.course.at(step)].theta
-        return self.position if theta is None else replace(cast(Any, self.position), theta=theta)
-
-    def positions(self) -> list[PositionScheme]:
-        """Return the position scheme of every stage."""
-        return [self.position_at(step) for step in self.course.steps[:-1]]
-
-    def _learning_rate(self, step: int) -> float:
-        """Return the rate of a step: of the run's schedule, or of the stage's own."""
-        number = self.course.at(step)
-        own, begin = self.course.stages[number], self.course.steps[number]
-        if own.learning_rate is None:
-            return self.learning_rate * self.schedule.factor(step, self.trainer.max_steps)
-        return own.learning_rate * self.schedule.factor(step - begin, own.steps)
-
-    def _memories(self, step: Step) -> Sequence[KeySource]:
-        """Return the memory of each micro-batch's rows; empty at first and where rows jump."""
+    def _sources(self, step: Step) -> Sequence[KeySource]:
+        """Return the memory of each micro-batch's rows, if any; empty where rows jump."""
         if not self.memory:
             return [OWN] * len(step.micro_batches)
         if not self.memories and self.global_step:
@@ -235,40 +226,28 @@ class LanguageModule(LightningModule, ABC):
             self.memories = [Memory(tokens) for _ in step.micro_batches]
         return self.memories
 
-    def _zero(self) -> Tensor:
-        return torch.zeros((), dtype=torch.float64, device=self.device)
+    def _count(self, samples: int) -> None:
+        """Take note, here and in the data, of how many samples the run has read."""
+        self.samples_consumed = samples
+        if isinstance(data := getattr(self.trainer, "datamodule", None), TrainingData):
+            data.samples_consumed = samples
 
-    def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        value = value.clone()
-        if dist.is_initialized():
-            dist.all_reduce(value)
-        return value
-
-    def _clip(self) -> Tensor:
-        """Scale gradients to at most `gradient_clip`; return their norm before."""
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def _describe_blow_up(self, step: Step, loss: float, norm: float) -> str:
+    def _describe_blow_up(self, step: Step, found: StepResult) -> str:
         samples = [int(s) for batch in step.micro_batches for s in batch.samples]
         return (
-            f"step {self.global_step}: loss {loss}, gradient norm {norm}, samples {samples[0]} to "
-            f"{samples[-1]} on rank {self.global_rank}; weights are as before the step; "
-            "resume from the last checkpoint with a lower learning rate"
+            f"step {self.global_step}: loss {float(found.loss)}, gradient norm "
+            f"{float(found.grad_norm)}, samples {samples[0]} to {samples[-1]} on rank "
+            f"{self.global_rank}; weights are as before the step; resume from the last checkpoint "
+            "with a lower learning rate"
         )
-
-    def _log_step(self, mean: Tensor, norm: Tensor, rate: float, tokens: int) -> None:
-        values = {"loss": mean.float(), "grad_norm": norm, "lr": rate, "tokens": float(tokens)}
-        self.log_dict({f"train/{name}": value for name, value in values.items()})
 
     # ---- validation
 
     def on_validation_start(self) -> None:
         """Start counting anew."""
-        names = list(getattr(self._data, "sources", {"data": None}))
-        window = getattr(self._data, "window", 4096)
-        self.held_out_loss = LossByPosition(names, window).to(self.device)
+        data = self.data
+        loss = LossByPosition(list(data.sources), data.window or 4096)
+        self.held_out_loss = loss.to(self.device)
 
     on_test_start = on_validation_start
 
@@ -298,69 +277,65 @@ class LanguageModule(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the data's whole state, one number, and what the model is."""
         assert self.llama is not None
-        data = self._data
+        data = self.data
         checkpoint["samples_consumed"] = self.samples_consumed
-        checkpoint["stages"] = self._begun(self.global_step)
+        checkpoint["stages"] = data.stages_until(self.global_step)
+        window = data.context or self.context(data.window_until(self.global_step))
         checkpoint["model_description"] = {
-            **describe(self.llama, self._longest_window()),
+            **describe(self.llama, window),
             "started_from": self._started_from(),
-            "tokenizer": getattr(data, "tokenizer", None),
+            "tokenizer": data.tokenizer,
         }
 
-    def _longest_window(self) -> int | None:
-        """Tokens of the longest context that the run has seen, if the data says."""
-        if places := getattr(self._data, "places", None):
-            return places.context
-        if not hasattr(self._data, "course"):
-            return getattr(self._data, "window", None)
-        last = self.course.at(max(0, self.global_step - 1))
-        seen = max(stage.window for stage in self.course.stages[: last + 1])
-        if isinstance(self, SFT) and self.start is not None and self.position == self.origin:
-            return max(seen, trained_context(self.start))  # short chats take no context away
-        return seen
-
     def _started_from(self) -> dict[str, Any] | None:
-        if self.start is None or self.origin is None:
+        if self.start is None:
             return None
-        return {"checkpoint": str(self.start), "position": describe_position(self.origin)}
+        return {"checkpoint": str(self.start.path), **describe_layers(self.start.layers)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the count of samples, and the places of the last step that was trained."""
+        """Take up the count of samples, and the layers of the last step that was trained."""
         assert self.llama is not None
-        self.samples_consumed = checkpoint["samples_consumed"]
+        self._count(checkpoint["samples_consumed"])
         step = checkpoint["global_step"]
-        held, ours = checkpoint.get("stages"), self._begun(step)
-        if self.trainer.state.fn == "fit" and held != ours:
+        stored, ours = checkpoint.get("stages"), self.data.stages_until(step)
+        if self.trainer.state.fn == "fit" and stored != ours:
             raise ValueError(
-                f"until step {step} the run's stages were {held}, the config's are {ours}; go on "
+                f"until step {step} the run's stages were {stored}, the config's are {ours}; go on "
                 "with those it began with"
             )
-        self.llama.layers = Layers.alike(
-            self.position_at(max(0, step - 1)), self.config.num_hidden_layers
-        )
+        self.llama.layers = self.settings.layers_at(max(0, step - 1))
 
-    def _begun(self, step: int) -> list[dict[str, Any]]:
-        """Return what decided the first steps of a run in stages: all of the stages that ended."""
-        if not getattr(self._data, "staged", False):
-            return []
-        last = self.course.at(max(0, step - 1))
-        begun = [asdict(stage) for stage in self.course.stages[: last + 1]]
-        for stage in begun:
-            del stage["micro_batch_size"]
-        del begun[-1]["steps"]  # the stage that goes on may become longer or shorter
-        return begun
-
-    @property
-    def tokenizer_folder(self) -> Path | None:
-        """Tokenizer of the data, to be kept with the run."""
-        return getattr(self._data, "tokenizer_folder", None)
+    def _check_resumed(self, resumed: Checkpoint) -> None:
+        """Refuse a checkpoint of another model: one of fewer layers, say, would load silently."""
+        stored, ours = asdict(resumed.config), asdict(self.config)
+        if self.trainer.state.fn == "fit":  # what only measures may place tokens anew
+            stages = self.settings.all_layers()  # which of them it is, the step tells
+            stored["position"] = resumed.layers
+            ours["position"] = resumed.layers if resumed.layers in stages else stages[0]
+        for name in stored:
+            if stored[name] != ours[name]:
+                raise ValueError(
+                    f"{resumed.path} is of another model: expected {name} {ours[name]}, got "
+                    f"{stored[name]}; to begin a run with its weights, pass it as the model's "
+                    "checkpoint"
+                )
 
 
 @final
 class ContinualPretrain(LanguageModule):
     """Next-token prediction on packed documents, from a checkpoint or from random weights."""
 
+    def context(self, window: int | None) -> int | None:
+        """Return the window: whole ones were read."""
+        return window
+
 
 @final
 class SFT(LanguageModule):
     """Next-token prediction on conversations; `FinetuneData` says which targets count how much."""
+
+    def context(self, window: int | None) -> int | None:
+        """Return the checkpoint's context where it is larger: short chats take none away."""
+        if window is not None and self.start is not None and self.layers == self.start.layers:
+            return max(window, self.start.trained_context)
+        return window

@@ -4,13 +4,13 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
@@ -23,7 +23,14 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint
 
 from lit_longctx import manifest
-from lit_longctx.checkpoint import MODEL, newest_whole, read_model
+from lit_longctx.checkpoint import (
+    MODEL,
+    Checkpoint,
+    fault_in,
+    newest_whole,
+    open_checkpoint,
+    steps_of,
+)
 from lit_longctx.model import MLP, Llama
 
 
@@ -103,6 +110,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timedelta(minutes=timeout_minutes),
         )
+        self.check_model: Callable[[Checkpoint], None] | None = None
+        """Raises if a checkpoint to go on from is of another model; set by the module."""
 
     def setup_environment(self) -> None:
         """Resolve the mesh size here: Lightning's own `auto` would mean tensor parallelism."""
@@ -133,59 +142,53 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _hash_share(self, folder: Path) -> dict[str, str]:
         """Hash the folder's files, each rank its share, and give all of them to everyone."""
         mine = manifest.hash_files(folder, self.global_rank, self.world_size)
-        return {name: value for part in self.gather_objects(mine) for name, value in part.items()}
-
-    def gather_objects(self, item: Any) -> list[Any]:
-        """Return every rank's object, on all ranks."""
         gathered: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(gathered, item)
-        return gathered
+        torch.distributed.all_gather_object(gathered, mine)
+        return {name: value for part in gathered for name, value in part.items()}
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Verify, then load, resharded to this layout."""
+        """Verify, then load, resharded to this layout.
+
+        A run's `checkpoints` stand for the newest of them that is whole.
+        """
         path = Path(self.broadcast(checkpoint_path))
-        self._verify(path)
-        self._compare(path)
+        trainer = self.lightning_module.trainer  # pyright: ignore[reportOptionalMemberAccess]
+        fits = trainer.state.fn == "fit"
+        if path.name == "checkpoints":
+            opened = open_checkpoint(newest_whole(path))
+        else:
+            opened = open_checkpoint(path).verified()
+            if fits and path.resolve().parent == run_checkpoints(trainer).resolve():
+                refuse_abandoned(path)
+        if self.global_rank == 0 and fits:
+            print(f"going on from {opened.path}", flush=True)
+        if self.check_model is not None:
+            self.check_model(opened)
         with plain_errors():
-            return super().load_checkpoint(path, weights_only=weights_only)
-
-    def _compare(self, path: Path) -> None:
-        """Refuse another model: one of fewer layers, say, would load without a word."""
-        module: Any = self.lightning_module
-        config, position = read_model(path)
-        held, asked = asdict(config), asdict(module.config)
-        if self.optimizers:  # a run goes on as it began; what only measures may place tokens anew
-            stages = module.positions()  # which of them it is, the step tells
-            held["position"] = position
-            asked["position"] = position if position in stages else stages[0]
-        for name in held:
-            if held[name] != asked[name]:
-                raise ValueError(
-                    f"{path} is of another model: expected {name} {asked[name]}, got {held[name]}; "
-                    "to begin a run with its weights, pass it as the model's checkpoint"
-                )
-
-    def _verify(self, path: Path) -> None:
-        """Each rank checks its share of the files; all raise if one finds a fault."""
-        try:
-            manifest.verify(path, self.global_rank, self.world_size)
-            fault = None
-        except ValueError as error:
-            fault = str(error)
-        if faults := [fault for fault in self.gather_objects(fault) if fault]:
-            try:
-                offer = f"the newest whole one is {newest_whole(path.parent)}"
-            except ValueError:
-                offer = "there is no whole one beside it"
-            raise ValueError(f"{faults[0]}; {offer}")
+            return super().load_checkpoint(opened.path, weights_only=weights_only)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Delete a checkpoint, its manifest first: half deleted it is no checkpoint."""
         if self.global_rank == 0:
             (Path(filepath) / manifest.NAME).unlink(missing_ok=True)
             shutil.rmtree(filepath, ignore_errors=True)
+
+
+def run_checkpoints(trainer: Trainer) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return Path(trainer.default_root_dir) / "checkpoints"
+
+
+def refuse_abandoned(path: Path) -> None:
+    """Refuse a checkpoint with newer whole ones: `last` would later go on from those."""
+    for newer in steps_of(path.parent):
+        if newer.name > path.name and fault_in(newer) is None:
+            raise ValueError(
+                f"{path} has newer checkpoints beside it, up to {newer.name}; remove them, "
+                "or choose another --trainer.default_root_dir"
+            )
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """Probes during training: does the model find what was hidden, and how far is it from that."""
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lit_longctx.data.interface import describe_data
+from lit_longctx.data.steps import StepData
 from lit_longctx.data.tokenizer import open_tokenizer
 from lit_longctx.data.windows import Windows
 from lit_longctx.evaluation.evaluate import haystack
@@ -48,9 +48,9 @@ class Probes(Callback):
         self.units = {name: probe.units() for name, probe in self.probes.items()}
 
     def _haystack(self, trainer: Trainer) -> Haystack:
-        data: Any = getattr(trainer, "datamodule", None)
-        folder = getattr(data, "tokenizer_folder", None)
-        if folder is None:
+        data = getattr(trainer, "datamodule", None)
+        folder = describe_data(data).tokenizer_folder
+        if folder is None or not isinstance(data, StepData):
             raise ValueError("Probes need a tokenizer; the data has none; leave them out")
         source = next(iter(data.held_out(data.longest).values()))
         if isinstance(source, Windows):

@@ -65,9 +65,9 @@ def attach(module, rank=0, ranks=1, step=0, consumed=0, max_steps=STEPS, distrib
         global_rank=rank,
         max_steps=max_steps,
         global_step=step,
-        lightning_module=SimpleNamespace(samples_consumed=consumed),
         _accelerator_connector=SimpleNamespace(use_distributed_sampler=distributed_sampler),
     )
+    module.samples_consumed = consumed
     return module
 
 
@@ -200,8 +200,9 @@ def test_another_batch_size_goes_on_at_the_right_sample(folder, reference, rows,
 
 
 def test_a_trained_module_without_a_counter_begins_at_the_first_sample(folder, reference):
-    module = attach(data(folder))
-    module.trainer.lightning_module = SimpleNamespace()
+    module = data(folder)
+    assert module.samples_consumed == 0
+    attach(module)
     step = next(iter(module.train_dataloader()))
     assert [row for batch in step.micro_batches for row in rows_of(batch)] == reference[:ROWS]
 

@@ -501,7 +501,6 @@ def attach(data):
         is_global_zero=True,
         max_steps=12,
         global_step=0,
-        lightning_module=SimpleNamespace(samples_consumed=0),
         _accelerator_connector=SimpleNamespace(use_distributed_sampler=False),
     )
     return data

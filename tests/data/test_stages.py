@@ -76,7 +76,7 @@ def test_workers_may_be_started_in_other_ways_than_by_fork(folder, reference, pa
     if packing == "concatenate":
         pytest.skip("starting a process takes seconds; best_fit has all that is to be sent")
     module = attach(data(folder, packing=packing, num_workers=1), step=38, max_steps=STEPS)
-    module.trainer.lightning_module.samples_consumed = 12 * 8 + 20 * 8 + 6 * 4
+    module.samples_consumed = 12 * 8 + 20 * 8 + 6 * 4
     loader = module.train_dataloader()
     loader.multiprocessing_context = multiprocessing.get_context("spawn")
     found = [[row for batch in step.micro_batches for row in rows_of(batch)] for step in loader]

@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from training.runs import own_process_group, quiet_trainer, whole_weights
 
 from lit_longctx.batch import Batch, Step, pack
+from lit_longctx.data.interface import DataDescription, TrainingData, describe_data
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 from lit_longctx.training.module import ContinualPretrain
@@ -218,9 +218,12 @@ def test_start_is_either_a_checkpoint_or_a_config():
         ContinualPretrain(checkpoint="somewhere", config=CONFIG)
 
 
-def test_the_context_of_another_data_module_is_its_window():
-    """The command line takes any data module; only ours has stages."""
-    module = ContinualPretrain(config=CONFIG)
-    for data, context in ((SimpleNamespace(window=4096), 4096), (SimpleNamespace(), None)):
-        module._trainer = SimpleNamespace(datamodule=data, global_step=3)
-        assert module._longest_window() == context
+def test_the_context_of_another_data_module_is_the_window_it_declares():
+    """The command line takes any data module; what it does not declare is not guessed."""
+
+    class Declared(TrainingData):
+        def description(self) -> DataDescription:
+            return DataDescription(window=4096)
+
+    for data, context in ((Declared(), 4096), (LightningDataModule(), None), (None, None)):
+        assert describe_data(data).window_until(3) == context

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import runs
 
-from lit_longctx.checkpoint import load_pretrained, resolve
+from lit_longctx.checkpoint import load_pretrained
 from lit_longctx.data.tokenizer import ByteTokenizer
 from lit_longctx.data.windows import Windows
 from lit_longctx.evaluation.prompts import Haystack
@@ -47,7 +47,7 @@ def scalars(folder: Path) -> dict[str, float]:
 def test_the_log_holds_the_loss_of_the_answers(probed: runs.Ran):
     """A loop over the prompts, on the checkpoint of the validated step."""
     tags = scalars(probed.folder)
-    llama = load_pretrained(resolve(str(probed.folder))).eval()
+    llama = load_pretrained(str(probed.folder)).eval()
     held_out = Windows(next(iter(runs.sources().values()))["folder"], "held_out", 256)
     tokens = held_out.read(0, min(held_out.tokens, 2 * max(LENGTHS)))
     hay = Haystack.of_tokens(ByteTokenizer(), tokens)

@@ -76,9 +76,9 @@ def test_the_first_step_of_a_stage_sees_its_theta(staged: tuple[list[str], runs.
 def test_checkpoints_know_theta_and_the_longest_window(staged: tuple[list[str], runs.Ran]):
     for step, theta, context in ((10, 1e4, 256), (20, 3.0, 512), (30, 3.0, 512)):
         folder = staged[1].folder / "checkpoints" / f"step-{step:08d}"
-        _, position = checkpoint.read_model(folder)
-        assert position == RoPE(theta)
-        assert checkpoint.trained_context(folder) == context
+        opened = checkpoint.open_checkpoint(folder)
+        assert opened.layers.position == RoPE(theta)
+        assert opened.trained_context == context
 
 
 @pytest.mark.parametrize(("step", "ranks"), [(10, 1), (20, 1), (10, 2), (20, 2)])

@@ -1,0 +1,36 @@
+"""What the stages of a run change in its model and optimizer, resolved for every step."""
+
+from dataclasses import dataclass
+
+from lit_longctx.data.stages import Course
+from lit_longctx.layers import Layers
+from lit_longctx.training.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """Layers and learning rate of every step: the run's own, or those of its stage."""
+
+    course: Course
+    layers: Layers
+    """Of stages that name no theta."""
+    learning_rate: float
+    """Peak of stages that name none."""
+    schedule: Schedule
+
+    def layers_at(self, step: int) -> Layers:
+        """Return the layers of a step: a stage may have its own theta."""
+        theta = self.course.stages[self.course.at(step)].theta
+        return self.layers if theta is None else self.layers.with_theta(theta)
+
+    def all_layers(self) -> list[Layers]:
+        """Return the layers of every stage."""
+        return [self.layers_at(step) for step in self.course.steps[:-1]]
+
+    def learning_rate_at(self, step: int, max_steps: int) -> float:
+        """Return the rate of a step of a run of `max_steps`; a stage's own rate begins anew."""
+        number = self.course.at(step)
+        own, begin = self.course.stages[number], self.course.steps[number]
+        if own.learning_rate is None:
+            return self.learning_rate * self.schedule.factor(step, max_steps)
+        return own.learning_rate * self.schedule.factor(step - begin, own.steps)

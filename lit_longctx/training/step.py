@@ -1,0 +1,76 @@
+"""One optimizer step's loss and gradients, exact to the token however its rows are spread."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lit_longctx.batch import Batch
+from lit_longctx.keys import KeySource
+from lit_longctx.model import Llama
+
+
+class StepResult(NamedTuple):
+    """What a step's forward and backward passes found, over all processes."""
+
+    loss: Float[Tensor, ""]
+    """Mean nats of the targets by their weights; float64."""
+    grad_norm: Float[Tensor, ""]
+    """Norm of the gradients before clipping."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the weights may be updated."""
+        return bool(self.loss.isfinite() and self.grad_norm.isfinite())
+
+
+def accumulate_gradients(
+    llama: Llama,
+    micro_batches: Sequence[Batch],
+    sources: Sequence[KeySource],
+    backward: Callable[[Tensor], None],
+    gradient_clip: float,
+) -> StepResult:
+    """Run forward and backward of all micro-batches and clip the gradients.
+
+    Each micro-batch backpropagates Σ nats·w · G / W, with G the processes whose gradients are
+    averaged and W the weights of all their micro-batches: the mean over targets, however they are
+    spread. A mean of means would weigh short micro-batches too much.
+
+    Args:
+        llama: The model, sharded or not.
+        micro_batches: This process's rows.
+        sources: Where the keys of each micro-batch come from.
+        backward: What runs the backward pass of a loss.
+        gradient_clip: Largest gradient norm.
+    """
+    device = micro_batches[0].input_ids.device
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    weights = sum((b.loss_weights.sum(dtype=torch.float64) for b in micro_batches), zero)
+    total = sum_over_processes(weights).clamp(min=1e-8)  # no target at all: loss 0, not NaN
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    loss = zero.clone()
+    for batch, source in zip(micro_batches, sources, strict=True):
+        summed, _ = llama.loss(batch, source)
+        backward(summed * (processes / total).to(summed.dtype))
+        loss += summed.detach()
+    return StepResult(sum_over_processes(loss) / total, clip_gradients(llama, gradient_clip))
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """Return the sum of every process's value; the value itself stays."""
+    value = value.clone()
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def clip_gradients(llama: Llama, largest: float) -> Float[Tensor, ""]:
+    """Scale gradients to at most this norm; return their norm before."""
+    parameters = [p for p in llama.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
