@@ -33,7 +33,7 @@ sft_quickstart: venv
 	$(RUN) evaluate --config config/sft_quickstart_evaluate.yaml
 
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: venv
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1200

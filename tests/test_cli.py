@@ -33,30 +33,34 @@ def error(ran: runs.Ran) -> str:
     return line.removeprefix(prefix)
 
 
-def started(*arguments: str) -> tuple[subprocess.CompletedProcess, float]:
-    """Run the installed command in a process of its own; return its seconds too."""
+def started(*arguments: str) -> subprocess.CompletedProcess:
+    """Run the installed command in a process of its own."""
     command = Path(sys.executable).with_name("lit_longctx")
-    begin = time.monotonic()
-    ran = subprocess.run([command, *arguments], capture_output=True, text=True, timeout=60)
-    return ran, time.monotonic() - begin
+    return subprocess.run([command, *arguments], capture_output=True, text=True)
 
 
 # ---- help
 
 
-def test_help_lists_the_verbs_within_two_seconds():
-    ran, seconds = started("--help")
+def test_help_lists_the_verbs():
+    ran = started("--help")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert all(re.search(rf"^  {verb} ", ran.stdout, re.MULTILINE) for verb in VERBS)
-    assert seconds < 2
 
 
-def test_help_does_not_import_torch():
-    code = "import sys; from lit_longctx.cli import main; main(['--help']); print(*sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    modules = ran.stdout.splitlines()[-1].split()
-    assert "lit_longctx.cli" in modules
-    assert not {"torch", "lightning", "jsonargparse", "litdata"} & set(modules)
+def test_help_is_quick_as_it_imports_nothing_of_others():
+    """Seconds would hang on the machine; what costs them is torch, Lightning and the like."""
+    code = "from lit_longctx.cli import main; main(['--help'])"
+    added = packages(code) - packages("pass")
+    assert "lit_longctx" in added
+    assert added - {"lit_longctx"} <= sys.stdlib_module_names
+
+
+def packages(code: str) -> set[str]:
+    """Return the packages that a process has imported after running the code."""
+    command = [sys.executable, "-c", f"import sys; {code}; print(*sys.modules)"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in ran.stdout.splitlines()[-1].split()}
 
 
 @pytest.mark.parametrize("verb", ["fit", "prepare", "evaluate", "export", "generate"])
@@ -71,7 +75,7 @@ def test_a_verbs_help_explains_its_options(verb: str):
 
 
 def test_the_installed_command_refuses_in_one_line():
-    ran, _ = started("fit", "--config", str(runs.config()), "--trainer.foo", "3")
+    ran = started("fit", "--config", str(runs.config()), "--trainer.foo", "3")
     assert ran.returncode == 1
     assert ran.stderr == "lit_longctx: error: unrecognized arguments: --trainer.foo 3\n"
 

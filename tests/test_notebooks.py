@@ -61,7 +61,7 @@ def two_steps(folder: Path, data: Path, window: int) -> dict[str, object]:
 def test_it_runs_and_draws_its_figures(name: str, notebooks: Path):
     notebook = nbformat.read(notebooks / name, as_version=4)
     place = {"metadata": {"path": str(notebooks)}}
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=place).execute()
+    NotebookClient(notebook, timeout=240, kernel_name="python3", resources=place).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     shown = [output.data for output in outputs if "data" in output]
     figures = [data for data in shown if data.get("text/plain", "").startswith("<Figure")]

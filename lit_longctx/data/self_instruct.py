@@ -14,7 +14,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -263,13 +263,26 @@ def in_order(
 ) -> Iterator[Iterator[tuple[Item, Future[Result]]]]:
     """Do work in threads; yield items with what came of each, in order and a few at a time.
 
-    Who leaves early waits for the work that has begun; none is begun anymore.
+    Who leaves early waits for the work that has begun; none is begun anymore. None is begun either
+    once some has failed by anything but `Unanswered`, which says that other work will fail too.
     """
+    hopeless = threading.Event()
+
+    def unless_hopeless(item: Item) -> Result:
+        if hopeless.is_set():
+            raise CancelledError  # nobody sees it: what failed stands before it
+        try:
+            return work(item)
+        except Unanswered:
+            raise
+        except BaseException:
+            hopeless.set()
+            raise
 
     def results() -> Iterator[tuple[Item, Future[Result]]]:
         waiting: deque[tuple[Item, Future[Result]]] = deque()
         for item in items:
-            waiting.append((item, pool.submit(work, item)))
+            waiting.append((item, pool.submit(unless_hopeless, item)))
             if len(waiting) >= AHEAD * threads:
                 yield waiting.popleft()
         yield from waiting

@@ -425,10 +425,11 @@ def test_the_sandbox_renders_as_that_of_transformers():
         {"role": role, "content": text}
         for role, text in [("user", " <é>&'\" "), ("skip", "b"), ("a", "c"), ("d", "e")]
     ]
+    before = datetime.now().year
     found = compiled(template).render(messages=messages)
     expected, _ = utils.render_jinja_template([messages], chat_template=template)
     assert found == expected[0]
-    assert str(datetime.now().year) in found
+    assert any(str(year) in found for year in (before, datetime.now().year))
 
 
 @pytest.mark.parametrize(

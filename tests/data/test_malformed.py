@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -58,16 +59,25 @@ BAD_LINES = {
 NESTED = [name for name in BAD_LINES if name.startswith("nested") or name == "huge number"]
 
 
-@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("name", BAD_LINES)
-def test_a_bad_line_is_counted_and_those_around_it_read(tmp_path, name, packed):
+def test_a_bad_line_is_counted_and_those_around_it_read(tmp_path, name):
     line, kind = BAD_LINES[name]
-    content = FIRST + line + b"\n" + LAST
-    path = tmp_path / f"a.jsonl{packed}"
-    pack = {"": bytes, ".gz": gzip.compress, ".zst": zst}[packed]
-    path.write_bytes(pack(content))
+    (tmp_path / "a.jsonl").write_bytes(FIRST + line + b"\n" + LAST)
     largest = 2**28 if name in NESTED else CAP
-    assert read(path, largest=largest) == (AROUND, {kind: 1})
+    assert read(tmp_path / "a.jsonl", largest=largest) == (AROUND, {kind: 1})
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+def test_bad_lines_of_packed_files_are_counted_and_those_around_them_read(tmp_path, packed):
+    """All in a file: what is unpacked is split into lines before anything looks at them."""
+    pack = {".gz": gzip.compress, ".zst": zst}[packed]
+    path = tmp_path / f"a.jsonl{packed}"
+    for largest, names in ((2**28, NESTED), (CAP, [n for n in BAD_LINES if n not in NESTED])):
+        bad = [BAD_LINES[name] for name in names]
+        path.write_bytes(pack(b"".join(FIRST + line + b"\n" + LAST for line, _ in bad)))
+        found, kinds = read(path, largest=largest)
+        assert [text for text, _ in found] == [text for text, _ in AROUND] * len(bad)
+        assert kinds == Counter(kind for _, kind in bad)
 
 
 def parquet(columns):

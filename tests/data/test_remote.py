@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,6 @@ import boto3
 import numpy as np
 import pytest
 import torch
-from botocore.exceptions import EndpointConnectionError
 
 from lit_longctx.data import remote
 from lit_longctx.data.mds import Packs
@@ -53,14 +51,29 @@ def local(tmp_path_factory):
     return folder
 
 
+SERVER = """
+import signal
+from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+signal.pause()
+"""
+"""Listens at a port of the system's choice, and tells it once it does."""
+
+
 @contextmanager
 def server_process():
     """Port of a fresh S3 server, and a client for it; fake credentials in the environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    port = int(process.stdout.readline())
     with pytest.MonkeyPatch.context() as environment:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
             environment.setenv(name, "fake")
@@ -70,29 +83,18 @@ def server_process():
         for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "AWS_PROFILE"):
             environment.delenv(name, raising=False)
         try:
-            yield port, answering(process)
+            client = boto3.client("s3")
+            client.create_bucket(Bucket="tokens")
+            yield port, client
         finally:
-            process.terminate()
-            process.wait(20)
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="module")
 def server():
     with server_process() as found:
         yield found
-
-
-def answering(process):
-    """Client of the server, once that answers."""
-    client = boto3.client("s3")
-    for _ in range(100):
-        try:
-            client.create_bucket(Bucket="tokens")
-            return client
-        except EndpointConnectionError:
-            assert process.poll() is None
-            time.sleep(0.1)
-    raise AssertionError("the server does not answer")
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 import random
 import threading
-import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -188,27 +188,38 @@ def test_an_answer_that_is_taken_back_makes_no_row(tmp_path):
 
 # ---- threads
 
+PATIENCE = 60
+"""Seconds after which a thread is taken to hang; none of them decides what a test finds."""
+
 
 def test_results_come_in_order_from_no_more_threads_than_allowed():
-    busy, most, lock = 0, 0, threading.Lock()
+    threads, all_three = set(), threading.Barrier(3)
+    done = [threading.Event() for _ in range(20)]
 
     def work(i):
-        nonlocal busy, most
-        with lock:
-            busy += 1
-            most = max(most, busy)
-        time.sleep(0.02 if i % 5 else 0.06)
-        with lock:
-            busy -= 1
+        threads.add(threading.get_ident())
+        if i < 3:
+            all_three.wait(PATIENCE)
+        if i % 5 == 0:
+            assert done[i + 1].wait(PATIENCE)  # results come in order even if work ends in another
+        done[i].set()
         return i * i
 
     with in_order(work, iter(range(20)), 3) as results:
         assert [(i, future.result()) for i, future in results] == [(i, i * i) for i in range(20)]
-    assert most == 3
+    assert len(threads) == 3
 
 
-def test_items_are_taken_a_few_at_a_time_and_nothing_begins_after_leaving():
-    taken, done = [], []
+def test_items_are_taken_a_few_at_a_time_and_nothing_begins_after_leaving(monkeypatch):
+    taken, begun, done, left = [], [], [], threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            left.set()
+            super().shutdown(wait=wait)
+
+    monkeypatch.setattr(self_instruct, "ThreadPoolExecutor", Pool)
 
     def items():
         for i in range(1000):
@@ -216,16 +227,33 @@ def test_items_are_taken_a_few_at_a_time_and_nothing_begins_after_leaving():
             yield i
 
     def work(i):
-        time.sleep(0.01)
+        threads.add(threading.current_thread())
+        begun.append(i)
+        assert i == 0 or left.wait(PATIENCE)  # two are in work while the block is left
         done.append(i)
 
+    threads = set()
     with in_order(work, items(), 2) as results:
         next(results)[1].result()
-    finished = len(done)
     assert len(taken) == 2 * self_instruct.AHEAD
-    assert finished < len(taken)
-    time.sleep(0.05)
-    assert len(done) == finished
+    assert 0 in begun
+    assert set(begun) <= {0, 1, 2}
+    assert sorted(done) == sorted(begun)  # what had begun was waited for
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_nothing_begins_once_something_has_failed_for_good():
+    begun = []
+
+    def work(i):
+        begun.append(i)
+        raise Unanswered("empty reply") if i < 2 else ValueError("refused")
+
+    with in_order(work, iter(range(100)), 1) as results:
+        for expected in (Unanswered, Unanswered, ValueError):
+            with pytest.raises(expected):
+                next(results)[1].result()
+    assert begun == [0, 1, 2]
 
 
 # ---- the report

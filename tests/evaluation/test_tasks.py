@@ -21,7 +21,10 @@ from lit_longctx.evaluation.tasks import FU_DEPTHS, FU_LENGTHS, SECRET, Needle, 
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import DynamicNTK, RoPE
 
-KINDS = ["bytes", "byte_bpe", "digits_bpe", "metaspace", "pieces", "normalizing"]
+KINDS = ["bytes", "digits_bpe", "byte_bpe", "metaspace", "pieces", "normalizing"]
+TWO = pytest.mark.parametrize("hay", KINDS[:2], indirect=True)
+"""A token per byte, and tokens of several letters that join across what a task puts together."""
+OTHERS = pytest.mark.parametrize("hay", KINDS[2:], indirect=True)
 PROMPTS = (
     "There is an important info hidden inside a lot of irrelevant text. The grass is green.\n"
     "What are all the special magic numbers? They are: Remember the pass key is hidden.\n"
@@ -126,10 +129,10 @@ def read(hay):
     return lambda ids: " ".join(decode([int(i) for i in ids]).split())
 
 
-def cells(name, hay):
+def cells(name, hay, lengths):
     """Samples of a task over the grid, but for lengths that its fixed text alone exceeds."""
     task = task_named(name)
-    for length in LENGTHS:
+    for length in lengths:
         for depth in DEPTHS if task.uses_depth else [0]:
             try:
                 sample = task.sample(hay, length, depth, seed=3)
@@ -140,10 +143,25 @@ def cells(name, hay):
             yield task, length, depth, sample
 
 
+@TWO
 @pytest.mark.parametrize("name", TASKS)
 def test_every_cell_is_exact_to_the_token_and_holds_its_needles(name, hay, read):
+    assert check_cells(name, hay, read, LENGTHS) >= (8 if task_named(name).uses_depth else 3)
+
+
+@OTHERS
+def test_cells_are_as_exact_with_other_tokenizers(hay, read):
+    """Every task, at the lengths where its text is most of the prompt."""
+    for name in TASKS:
+        assert check_cells(name, hay, read, LENGTHS[:2]) >= (
+            4 if task_named(name).uses_depth else 1
+        )
+
+
+def check_cells(name, hay, read, lengths):
+    """Compare all samples with what a reader of their text finds; return how many there are."""
     seen = 0
-    for task, length, depth, sample in cells(name, hay):
+    for task, length, depth, sample in cells(name, hay, lengths):
         coder = hay.tokenizer
         assert len(sample.prompt_ids) == length
         assert np.flatnonzero(sample.prompt_ids == coder.bos).tolist() == [0]
@@ -164,7 +182,7 @@ def test_every_cell_is_exact_to_the_token_and_holds_its_needles(name, hay, read)
         assert task.score(sample, other_answer(name, task, hay, length, depth, sample)) == 0
         assert task.score(sample, "") == 0
         seen += 1
-    assert seen >= (3 if not task.uses_depth else 8)
+    return seen
 
 
 def answers_by_search(name, text):
@@ -210,6 +228,7 @@ def other_answer(name, task, hay, length, depth, sample):
     return task.sample(hay, length, depth, seed=4).answer
 
 
+@TWO
 @pytest.mark.parametrize("name", ["passkey", "needle"])
 @pytest.mark.parametrize("length", [1000, 4099])
 def test_depth_is_the_share_of_hay_before_the_needle(name, hay, length):
@@ -253,6 +272,7 @@ def test_needles_halve_no_character():
     assert {0, 1, 2} <= moved <= {0, 1, 2, 3}
 
 
+@TWO
 def test_fu_mode_puts_the_needle_after_a_sentence(hay, read):
     task = Needle(mode="fu")
     first, last = (task.sample(hay, 3000, depth).places[0].start for depth in (0, 100))
@@ -373,16 +393,16 @@ def test_hay_of_stored_tokens_is_the_documents_text(hay, read):
     assert read(sample.prompt_ids).count("A second document.") > 5
 
 
-@pytest.mark.parametrize("text", [" The", "The", "\nWhat", "\n\nQ:", ".", " 12345", "12345", "é"])
-def test_pieces_join_to_the_text(request, hay, text):
+def test_pieces_join_to_the_text(request, hay):
     """No space of its own, no letter lost; where white space is normalized, a space may come."""
     coder = hay.tokenizer
     start = coder.encode(["the"])[0].tolist()
-    joined = coder.decode([*start, *piece(coder, text)])
-    if "normalizing" not in request.node.name:
-        assert joined == f"the{text}"
-    else:
-        assert joined.replace(" ", "") == "the" + "".join(text.split())
+    for text in (" The", "The", "\nWhat", "\n\nQ:", ".", " 12345", "12345", "é"):
+        joined = coder.decode([*start, *piece(coder, text)])
+        if "normalizing" not in request.node.name:
+            assert joined == f"the{text}"
+        else:
+            assert joined.replace(" ", "") == "the" + "".join(text.split())
 
 
 def test_text_cannot_bring_a_second_bos(tmp_path):
@@ -418,6 +438,7 @@ def test_bad_input_is_one_line():
         task_named("first_sentence").sample(Haystack(ByteTokenizer(), ["one two"]), 1000)
 
 
+@TWO
 @pytest.mark.parametrize("name", TASKS)
 def test_the_shortest_length_is_named(name, hay):
     task = task_named(name)

@@ -5,12 +5,14 @@ takes seconds; so runs are forked from a process that has imported both, or star
 """
 
 import atexit
+import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from contextlib import contextmanager
 from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 import yaml
@@ -35,8 +37,10 @@ WINDOW = 256
 BATCH = 8
 """Windows per optimizer step."""
 PRELOADED = ["lit_longctx.training.fit", "lit_longctx.evaluation.evaluate", "lit_longctx.generate"]
-TIMEOUT = 120
-"""Seconds after which a run is taken to hang."""
+TIMEOUT = 240
+"""Seconds after which a run is taken to hang: many times what it takes on a busy machine."""
+PORTS = range(20_000, 30_000)
+"""Below those that systems give to whoever asks for any."""
 
 
 # ---- data and configs
@@ -192,10 +196,28 @@ def command(arguments: list[str], log: Path, environment: dict[str, str]) -> Non
     sys.exit(main(arguments))
 
 
+LOCKS: list[IO[bytes]] = []
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port that no other process of tests, on this machine, is given meanwhile.
+
+    One that is only found free may be another's by the time that it is opened.
+    """
+    folder = Path(tempfile.gettempdir()) / f"lit_longctx-ports-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    for port in random.Random(os.getpid()).sample(PORTS, len(PORTS)):
+        lock = (folder / str(port)).open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            lock.close()
+            continue
+        LOCKS.append(lock)  # until this process ends
+        return port
+    raise AssertionError(f"none of {PORTS} is free")
 
 
 def launched_as(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -230,7 +252,7 @@ def torchrun(ranks: int, arguments: Sequence[Any], folder: Path) -> Ran:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "LOCAL_"))}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     launch = f"-m torch.distributed.run --standalone --nproc_per_node {ranks}".split()
-    log = workshop() / f"torchrun-{free_port()}"
+    log = Path(tempfile.mkdtemp(dir=workshop())) / "torchrun"
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, *launch, "-m", "lit_longctx.cli", *map(str, arguments)],
@@ -360,6 +382,22 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
         name: [(event.step, event.value) for event in events.Scalars(name)]
         for name in events.Tags()["scalars"]
     }
+
+
+class Leash(Callback):
+    """Lets a run make so many steps and then wait for the kill, however late that comes."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.end = trainer.global_step + self.steps
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Step, i: int
+    ) -> None:
+        if trainer.global_step >= self.end:
+            signal.pause()
 
 
 class Poison(Callback):

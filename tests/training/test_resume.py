@@ -1,5 +1,6 @@
 """A run that was cut off goes on as if it had not been."""
 
+import json
 import random
 import shutil
 import time
@@ -141,9 +142,10 @@ def supervised(folder: Path, kills: int, seed: int, *options: Any) -> None:
     rng = random.Random(seed)
     given = runs.fitting(folder, "--trainer.max_steps", STEPS, *options, "--ckpt_path", "last")
     for _ in range(kills):
-        running = runs.Running(given, folder)
         begun = entries(folder)
         patience = rng.uniform(4, 20)  # steps, any part of one included
+        leash = {"class_path": "training.runs.Leash", "init_args": {"steps": int(patience) + 2}}
+        running = runs.Running([*given, "--trainer.callbacks+", json.dumps(leash)], folder)
         while entries(folder) < begun + int(patience) and running.alive():
             time.sleep(0.001)
         time.sleep(patience % 1 * 0.05)
