@@ -6,7 +6,7 @@ called ProLong. Documents that score low are long, but give nothing to learn of 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -110,7 +110,7 @@ class DependencyFilter:
     scores 0. A score depends on tokens, settings and checkpoint alone, not on the stream's order.
 
     The scoring model decides what a score means: specificity is a softmax over raw perplexities, so
-    thresholds do not carry over from one checkpoint or tokenizer to another; look at `report`.
+    thresholds do not carry over from one checkpoint or tokenizer to another; look at the report.
 
     Costs a forward pass over window + 2·pairs·segment tokens per window: 161k of them by default.
     """
@@ -138,12 +138,6 @@ class DependencyFilter:
     """Precision of the scoring model."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto` for CUDA where there is one."""
-    scores: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
-    """Score of every document seen so far."""
-    tokens: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
-    """Tokens of every document seen so far."""
-    examples: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Scores of the first documents, by name."""
 
     def __post_init__(self) -> None:
         if self.segment < 2:
@@ -165,6 +159,23 @@ class DependencyFilter:
         if not 0 <= self.at_least <= 2:
             raise ValueError(f"at_least {self.at_least} is no score; expected 0 ≤ at_least ≤ 2")
 
+
+class DependencyScorer:
+    """Scores the documents of one stream and keeps a report of them; loads its model when needed.
+
+    Args:
+        settings: What decides the scores.
+    """
+
+    def __init__(self, settings: DependencyFilter) -> None:
+        self.settings = settings
+        self.scores: list[float] = []
+        """Score of every document seen so far."""
+        self.tokens: list[int] = []
+        """Tokens of every document seen so far."""
+        self.examples: dict[str, float] = {}
+        """Scores of the first documents, by name."""
+
     def __call__(self, pairs: Iterator[tuple[Document, Ids]]) -> Iterator[tuple[Document, Ids]]:
         """Yield the pairs whose documents are kept; loads the model at the first one."""
         for document, ids in pairs:
@@ -173,20 +184,21 @@ class DependencyFilter:
             self.tokens.append(len(ids))
             if len(self.examples) < EXAMPLES:
                 self.examples[document.id] = score
-            if score >= self.at_least:
+            if score >= self.settings.at_least:
                 yield document, ids
 
     def score(self, ids: Ids) -> float:
         """Mean contribution of a pair of segments to the long-dependency score of a document."""
         self._check(ids)
+        how = self.settings
         total = drawn = 0
-        for number, begin in enumerate(range(0, len(ids), self.window)):
-            window = ids[begin : begin + self.window].astype(np.int64)
-            segments = len(window) // self.segment
+        for number, begin in enumerate(range(0, len(ids), how.window)):
+            window = ids[begin : begin + how.window].astype(np.int64)
+            segments = len(window) // how.segment
             if segments < 2:
                 continue
-            pairs = draw_pairs(segments, self.pairs, np.random.default_rng([self.seed, number]))
-            rows = torch.from_numpy(window[: segments * self.segment]).view(segments, -1)
+            pairs = draw_pairs(segments, how.pairs, np.random.default_rng([how.seed, number]))
+            rows = torch.from_numpy(window[: segments * how.segment]).view(segments, -1)
             total += self._window_score(rows, pairs)
             drawn += len(pairs)
         return total / drawn if drawn else 0.0
@@ -194,49 +206,46 @@ class DependencyFilter:
     def _window_score(
         self, segments: Int[Tensor, "segments tokens"], pairs: Int[np.ndarray, "pairs 2"]
     ) -> float:
+        how = self.settings
         later, earlier = torch.from_numpy(pairs).T
         joined = torch.cat([segments[earlier], segments[later]], dim=1)
-        targets = self.segment - 1  # the first token of a segment has nothing before it when alone
+        targets = how.segment - 1  # the first token of a segment has nothing before it when alone
         alone, given = (
-            perplexities(self.llama, rows, targets, self.batch) for rows in (segments, joined)
+            perplexities(self.llama, rows, targets, how.batch) for rows in (segments, joined)
         )
         if not (np.isfinite(alone).all() and np.isfinite(given).all()):
             raise ValueError(
-                f"{self.checkpoint} gives a perplexity that is not finite in {self.compute_dtype}; "
+                f"{how.checkpoint} gives a perplexity that is not finite in {how.compute_dtype}; "
                 "choose another compute_dtype or checkpoint"
             )
-        full = self.window // self.segment
-        return dependency_score(alone, given, pairs, full, self.least_strength)
+        full = how.window // how.segment
+        return dependency_score(alone, given, pairs, full, how.least_strength)
 
     def _check(self, ids: Ids) -> None:
         """Refuse ids that the model does not have."""
         size = self.llama.config.vocab_size
         if len(ids) and ids.max() >= size:
             raise ValueError(
-                f"token {ids.max()} is beyond {self.checkpoint}'s vocabulary of {size}; "
+                f"token {ids.max()} is beyond {self.settings.checkpoint}'s vocabulary of {size}; "
                 "prepare the data with that model's tokenizer"
             )
 
     @cached_property
     def llama(self) -> Llama:
         """The scoring model, loaded when first needed."""
-        llama = load_pretrained(self.checkpoint).requires_grad_(False).eval()
-        return llama.to(chosen_device(self.device), getattr(torch, self.compute_dtype))
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides the scores."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        how = self.settings
+        llama = load_pretrained(how.checkpoint).requires_grad_(False).eval()
+        return llama.to(chosen_device(how.device), getattr(torch, how.compute_dtype))
 
     @property
     def report(self) -> dict[str, Any]:
         """What was kept and dropped, quantiles of all scores and the first few scores by name."""
         scores, tokens = np.array(self.scores), np.array(self.tokens, dtype=np.int64)
-        kept = scores >= self.at_least
+        kept = scores >= self.settings.at_least
         at = np.quantile(scores, QUANTILES).tolist() if len(scores) else []
         return {
-            "checkpoint": self.checkpoint,
-            "at_least": self.at_least,
+            "checkpoint": self.settings.checkpoint,
+            "at_least": self.settings.at_least,
             "kept": int(kept.sum()),
             "dropped": int((~kept).sum()),
             "kept_tokens": int(tokens[kept].sum()),

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Broken(NamedTuple):
@@ -46,6 +46,13 @@ class Faults:
                 f"often {kind} ({count}, first at {self.examples[kind]}); "
                 "mend the input or raise --tolerated"
             )
+
+    def described(self) -> dict[str, Any]:
+        """Return the manifest's entry: count and first example of each kind."""
+        return {
+            kind: {"count": number, "first": self.examples[kind]}
+            for kind, number in self.kinds.items()
+        }
 
 
 def _printable(text: str) -> str:

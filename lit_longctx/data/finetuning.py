@@ -13,7 +13,7 @@ from lit_longctx.data.conversations import ConversationRows, Conversations
 from lit_longctx.data.order import Order
 from lit_longctx.data.places import Places
 from lit_longctx.data.stages import ENDLESS, Course, Stage
-from lit_longctx.data.steps import Rows, StepData
+from lit_longctx.data.steps import Rows, StepData, check_shares, given_weights
 from lit_longctx.data.storage import ObjectStorage
 from lit_longctx.data.weights import Mean, weigh
 
@@ -75,11 +75,7 @@ class FinetuneData(StepData):
         storage: ObjectStorage = ObjectStorage(),
     ) -> None:
         super().__init__()
-        given = [source.weight is not None for source in sources.values()]
-        if not given or any(given) != all(given):
-            raise ValueError(
-                "sources need a weight each, or none of them one; and there must be a source"
-            )
+        check_shares(sources)
         if held_out_windows < 0 or min(micro_batch_size, batch_tokens) < 1:
             raise ValueError(
                 "expected micro_batch_size and batch_tokens of 1 or more, held_out_windows of 0 or "
@@ -98,27 +94,28 @@ class FinetuneData(StepData):
         self.num_workers = num_workers
         self.held_out_windows = held_out_windows
         self.storage = storage
-        weights = {n: s.weight for n, s in sources.items() if s.weight is not None}
-        self.course = Course(
-            [Stage(ENDLESS, window, batch_tokens, micro_batch_size, weights or None)]
-        )
+        stage = Stage(ENDLESS, window, batch_tokens, micro_batch_size, given_weights(sources))
+        self.course = Course([stage])
         self.window = window
         opened = [self._open(name, "train") for name in sources]
+        self.tokenizer = opened[0].windows.manifest["tokenizer"]
+        self._check_opened(opened)
+        self.tokenizer_folder = opened[0].windows.tokenizer_folder
+
+    def _check_opened(self, opened: Sequence[Conversations]) -> None:
+        """Refuse conversations beyond the places, and sources of different templates or ids."""
         longest = max(int(each.lengths.max()) for each in opened)
-        if places and longest > places.context:
+        if self.places and longest > self.places.context:
             raise ValueError(
-                f"places know {places.context} tokens, a conversation has {longest}; raise them or "
-                "shorten the window"
+                f"places know {self.places.context} tokens, a conversation has {longest}; raise "
+                "them or shorten the window"
             )
-        first, *others = (each.windows for each in opened)
-        self.tokenizer = first.manifest["tokenizer"]
         told = [each.windows.manifest["files"].get(TEMPLATE) for each in opened]
         if any(other != told[0] for other in told):
             raise ValueError(
                 "sources were prepared with different chat templates; prepare all with one"
             )
-        self.tokenizer_folder = first.tokenizer_folder
-        if any(other.manifest["tokenizer"] != self.tokenizer for other in others):
+        if any(each.windows.manifest["tokenizer"] != self.tokenizer for each in opened):
             raise ValueError(
                 "sources were prepared with different tokenizers; prepare all with one"
             )

@@ -8,20 +8,20 @@ import hashlib
 import json
 import os
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lit_longctx import manifest
 from lit_longctx.checkpoint import CHAT_TEMPLATE, GENERATION, open_checkpoint
 from lit_longctx.data.chat_template import ChatTemplate
 from lit_longctx.data.chunks import BLOCK, SPLITS, SplitWriter
 from lit_longctx.data.conversations import conversation_units, rendered, set_apart_by
-from lit_longctx.data.dependency import DependencyFilter
+from lit_longctx.data.dependency import DependencyFilter, DependencyScorer
 from lit_longctx.data.documents import Document, Faults, Reader, Unit, read_share
+from lit_longctx.data.encode import encoded
 from lit_longctx.data.interleave import Interleave
 from lit_longctx.data.scale import Executor, in_parts
 from lit_longctx.data.tokenizer import (
@@ -37,8 +37,6 @@ OWN = ("output", "source", "part", "parts", "executor")
 """Arguments that are not the same for every part."""
 SAMPLE, EXCERPT = 100, 4096
 """Documents, and characters of each, on which is tried whether ids decode to their text."""
-AHEAD = 2**22
-"""Characters that are encoded at a time, but for a document that is larger."""
 
 
 def prepare(
@@ -90,80 +88,178 @@ def prepare(
     Returns:
         The manifest; None if parts are still missing.
     """
-    if chat and (executor or filter or interleave or parts > 1):
-        raise ValueError("conversations are prepared in one part, without filter and interleave")
+    given = Preparation(**{k: v for k, v in locals().items() if k != "executor"})
+    given.check(in_parts=executor is not None or parts > 1)
     if executor:
-        settings = {name: value for name, value in locals().items() if name not in OWN}
-        settings |= {"input": anywhere(input), "tokenizer": anywhere(tokenizer)}
-        return in_parts(partial(prepare, **settings), executor, Path(output), source)
-    if chunk_tokens % BLOCK or chunk_tokens <= 0:
-        raise ValueError(f"chunk_tokens {chunk_tokens} is no multiple of {BLOCK}")
-    if not 0 <= held_out < 1:
-        raise ValueError(f"held_out {held_out} is no share; expected 0 ≤ held_out < 1")
-    inputs = [input] if isinstance(input, str) else input
-    coder = open_tokenizer(tokenizer, bos, eos)
-    faults = Faults(tolerated)
-    template = ChatTemplate(coder, chat_template) if chat else None
-    with manifest.whole_folder(Path(output)) as folder:
+        return in_parts(partial(prepare, **given.shared()), executor, Path(output), source)
+    return run(given)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The arguments of `prepare`, which describes them; those of one part."""
+
+    input: list[str] | str
+    output: str
+    tokenizer: str
+    source: str | None
+    held_out: float
+    chunk_tokens: int
+    bos: str | None
+    eos: str | None
+    reader: Reader
+    tolerated: float
+    filter: DependencyFilter | None
+    interleave: Interleave | None
+    chat: bool
+    chat_template: str | None
+    part: int
+    parts: int
+
+    def check(self, in_parts: bool) -> None:
+        """Raise ValueError if settings exclude each other or are out of range."""
+        if self.chat and (in_parts or self.filter or self.interleave):
+            raise ValueError(
+                "conversations are prepared in one part, without filter and interleave"
+            )
+        if self.chunk_tokens % BLOCK or self.chunk_tokens <= 0:
+            raise ValueError(f"chunk_tokens {self.chunk_tokens} is no multiple of {BLOCK}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out {self.held_out} is no share; expected 0 ≤ held_out < 1")
+
+    @property
+    def inputs(self) -> list[str]:
+        """All inputs, of which there may be one."""
+        return [self.input] if isinstance(self.input, str) else self.input
+
+    def shared(self) -> dict[str, Any]:
+        """Arguments that are the same for every part, with local paths in full."""
+        same = {name: value for name, value in vars(self).items() if name not in OWN}
+        return same | {"input": anywhere(self.input), "tokenizer": anywhere(self.tokenizer)}
+
+    def settings(self, units: list[Unit]) -> dict[str, Any]:
+        """What decides the documents' tokens and split: all parts must agree on it."""
+        return {
+            "units": hashed(unit.name for unit in units),
+            "held_out": self.held_out,
+            "reader": vars(self.reader),
+            "filter": self.filter and vars(self.filter),
+            "interleave": self.interleave and vars(self.interleave),
+        }
+
+
+class Stored(NamedTuple):
+    """What a pipeline reports besides the tokens that it wrote."""
+
+    units: list[Unit]
+    """What was read, by name."""
+    round_trip: float = 1.0
+    """Share of the first texts that come back exactly from their ids."""
+    filtered: dict[str, Any] | None = None
+    """Report of the filter; None if there is none."""
+
+
+def run(given: Preparation) -> dict[str, Any]:
+    """Read the input, write the folder and return its manifest."""
+    coder = open_tokenizer(given.tokenizer, given.bos, given.eos)
+    template = ChatTemplate(coder, given.chat_template) if given.chat else None
+    faults = Faults(given.tolerated)
+    with manifest.whole_folder(Path(given.output)) as folder:
         about = described(coder)
-        if filter:
-            scorer = open_checkpoint(filter.checkpoint)
-            check_tokenizer(about, scorer.config.vocab_size, scorer.tokenizer)
         writers = {
-            split: SplitWriter(folder / split, about, chunk_tokens, chat) for split in SPLITS
+            s: SplitWriter(folder / s, about, given.chunk_tokens, given.chat) for s in SPLITS
         }
-        excerpts: list[str] = []
         if template:
-            units = conversation_units(inputs, reader.largest)
-            store_conversations(units, template, held_out, writers, faults)
+            stored = store_conversations(given, template, writers, faults)
         else:
-            units = reader.units(inputs)
-            documents = sampled(read_share(units, faults, part, parts), excerpts)
-            pairs = encoded(progress(documents), coder, faults)
-            pairs = set_aside(pairs, held_out, writers["held_out"])
-            for step in (filter, interleave):
-                pairs = step(pairs) if step else pairs
-            for _, ids in pairs:
-                writers["train"].add(ids)
+            stored = store_documents(given, coder, writers, faults)
         faults.check()
-        if parts == 1 and not writers["train"].ledger.documents:
-            raise ValueError(f"input {input} holds no document to train on")
-        for writer in writers.values():
-            if writer.ledger.documents:
-                writer.finish()
-        (folder / "tokenizer").mkdir()
-        coder.save(folder / "tokenizer")
-        if template:
-            (folder / "tokenizer" / CHAT_TEMPLATE).write_text(template.source)
-            ends = json.dumps({"eos_token_id": [template.end_of_turn]})
-            (folder / "tokenizer" / GENERATION).write_text(ends + "\n")
-        content = {
-            "format": 1,
-            "source": source or Path(output).name,
-            "block": BLOCK,
-            "chunk_tokens": chunk_tokens,
-            "tokenizer": about,
-            "round_trip": round_trip(coder, excerpts),
-            "part": [part, parts],
-            "settings": {
-                "units": hashed(unit.name for unit in units),
-                "held_out": held_out,
-                "reader": vars(reader),
-                "filter": filter and filter.settings,
-                "interleave": interleave and vars(interleave),
-            },
-            "splits": {split: writer.describe() for split, writer in writers.items()},
-            "broken": {
-                kind: {"count": number, "first": faults.examples[kind]}
-                for kind, number in faults.kinds.items()
-            },
-            "filter": filter and filter.report,
-            "chat": chat,
-        }
+        if given.parts == 1 and not writers["train"].ledger.documents:
+            raise ValueError(f"input {given.input} holds no document to train on")
+        write(folder, writers, coder, template)
+        content = described_folder(given, about, writers, faults, stored)
         manifest.seal(folder, manifest.hash_files(folder), **content)
     print(report(content))
-    print(f"wrote {output}")
+    print(f"wrote {given.output}")
     return content
+
+
+def store_documents(
+    given: Preparation, coder: Tokenizer, writers: dict[str, SplitWriter], faults: Faults
+) -> Stored:
+    """Write documents: read, encoded, held out by name, then filtered and interleaved."""
+    scorer = opened_scorer(given.filter, described(coder)) if given.filter else None
+    units = given.reader.units(given.inputs)
+    excerpts: list[str] = []
+    documents = sampled(read_share(units, faults, given.part, given.parts), excerpts)
+    pairs = encoded(progress(documents), coder, faults)
+    pairs = set_aside(pairs, given.held_out, writers["held_out"])
+    for step in (scorer, given.interleave):
+        pairs = step(pairs) if step else pairs
+    for _, ids in pairs:
+        writers["train"].add(ids)
+    return Stored(units, round_trip(coder, excerpts), scorer and scorer.report)
+
+
+def opened_scorer(settings: DependencyFilter, about: dict[str, Any]) -> DependencyScorer:
+    """Return the filter's scorer; ValueError if its model has not the data's tokenizer."""
+    opened = open_checkpoint(settings.checkpoint)
+    check_tokenizer(about, opened.config.vocab_size, opened.tokenizer)
+    return DependencyScorer(settings)
+
+
+def store_conversations(
+    given: Preparation, template: ChatTemplate, writers: dict[str, SplitWriter], faults: Faults
+) -> Stored:
+    """Write conversations; questions on one document are all held out, or none."""
+    units = conversation_units(given.inputs, given.reader.largest)
+    for unit in units:
+        for found, tokens in rendered(unit.read(faults), template, faults):
+            split = SPLITS[share_of(set_apart_by(found)) < given.held_out]
+            writers[split].add_conversation(tokens)
+    return Stored(units)
+
+
+def write(
+    folder: Path,
+    writers: dict[str, SplitWriter],
+    coder: Tokenizer,
+    template: ChatTemplate | None,
+) -> None:
+    """Finish the splits that hold documents and add the tokenizer, with its chat template."""
+    for writer in writers.values():
+        if writer.ledger.documents:
+            writer.finish()
+    (folder / "tokenizer").mkdir()
+    coder.save(folder / "tokenizer")
+    if template:
+        (folder / "tokenizer" / CHAT_TEMPLATE).write_text(template.source)
+        ends = json.dumps({"eos_token_id": [template.end_of_turn]})
+        (folder / "tokenizer" / GENERATION).write_text(ends + "\n")
+
+
+def described_folder(
+    given: Preparation,
+    about: dict[str, Any],
+    writers: dict[str, SplitWriter],
+    faults: Faults,
+    stored: Stored,
+) -> dict[str, Any]:
+    """Return the folder's manifest, but for its files."""
+    return {
+        "format": 1,
+        "source": given.source or Path(given.output).name,
+        "block": BLOCK,
+        "chunk_tokens": given.chunk_tokens,
+        "tokenizer": about,
+        "round_trip": stored.round_trip,
+        "part": [given.part, given.parts],
+        "settings": given.settings(stored.units),
+        "splits": {split: writer.describe() for split, writer in writers.items()},
+        "broken": faults.described(),
+        "filter": stored.filtered,
+        "chat": given.chat,
+    }
 
 
 def anywhere(names: Any) -> Any:
@@ -180,20 +276,6 @@ def hashed(names: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(names).encode(errors="surrogatepass")).hexdigest()
 
 
-def store_conversations(
-    units: list[Unit],
-    template: ChatTemplate,
-    held_out: float,
-    writers: dict[str, SplitWriter],
-    faults: Faults,
-) -> None:
-    """Write conversations; questions on one document are all held out, or none."""
-    for unit in units:
-        for found, tokens in rendered(unit.read(faults), template, faults):
-            split = SPLITS[share_of(set_apart_by(found)) < held_out]
-            writers[split].add_conversation(tokens)
-
-
 def set_aside(
     pairs: Iterable[tuple[Document, Ids]], share: float, writer: SplitWriter
 ) -> Iterator[tuple[Document, Ids]]:
@@ -203,56 +285,6 @@ def set_aside(
             writer.add(ids)
         else:
             yield document, ids
-
-
-def encoded(
-    documents: Iterable[Document], tokenizer: Tokenizer, faults: Faults
-) -> Iterator[tuple[Document, Ids]]:
-    """Pair documents with their ids, in order; drops what forges BOS.
-
-    A few batches are encoded at a time while others are read and written, since a large document
-    keeps one core busy alone.
-    """
-    waiting: deque[tuple[list[Document], Future[list[Ids]]]] = deque()
-    with ThreadPoolExecutor(3) as pool:
-        for batch in batched(documents):
-            while waiting and sum(map(characters, [batch, *(b for b, _ in waiting)])) > AHEAD:
-                yield from unforged(*waiting.popleft(), tokenizer.bos, faults)
-            texts = [document.text for document in batch]
-            waiting.append((batch, pool.submit(tokenizer.encode, texts)))
-        while waiting:
-            yield from unforged(*waiting.popleft(), tokenizer.bos, faults)
-
-
-def unforged(
-    batch: list[Document], found: Future[list[Ids]], bos: int, faults: Faults
-) -> Iterator[tuple[Document, Ids]]:
-    """Pair a batch with its ids; a document with BOS in its text is counted as broken."""
-    for document, ids in zip(batch, found.result(), strict=True):
-        if (ids == bos).any():
-            faults.read -= 1
-            faults.add("BOS in text", document.id)
-        else:
-            yield document, ids
-
-
-def batched(documents: Iterable[Document], size: int = 2**20) -> Iterator[list[Document]]:
-    """Group documents into batches of about so many characters."""
-    batch: list[Document] = []
-    held = 0
-    for document in documents:
-        batch.append(document)
-        held += len(document.text)
-        if held >= size:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
-
-
-def characters(batch: list[Document]) -> int:
-    """Characters of all texts."""
-    return sum(len(document.text) for document in batch)
 
 
 def sampled(documents: Iterable[Document], excerpts: list[str]) -> Iterator[Document]:

@@ -17,7 +17,7 @@ from lit_longctx.data.order import Order
 from lit_longctx.data.packing import BestFit
 from lit_longctx.data.places import Places
 from lit_longctx.data.stages import ENDLESS, Course, Stage
-from lit_longctx.data.steps import Rows, StepData
+from lit_longctx.data.steps import Rows, StepData, check_shares, given_weights
 from lit_longctx.data.storage import ObjectStorage
 from lit_longctx.data.tokenizer import described, open_tokenizer
 from lit_longctx.data.windows import Windows
@@ -86,18 +86,8 @@ class PretrainData(StepData):
         stages: list[Stage] | None = None,
     ) -> None:
         super().__init__()
-        if min(window, batch_tokens, micro_batch_size) < 1:
-            raise ValueError(
-                f"window {window}, batch_tokens {batch_tokens} and micro_batch_size "
-                f"{micro_batch_size} must be 1 or more"
-            )
-        if held_out_windows < 0:
-            raise ValueError(f"held_out_windows {held_out_windows} must be 0 or more")
-        given = [source.weight is not None for source in sources.values()]
-        if not given or any(given) != all(given):
-            raise ValueError(
-                "sources need a weight each, or none of them one; and there must be a source"
-            )
+        _check_sizes(window, batch_tokens, micro_batch_size, held_out_windows)
+        check_shares(sources)
         if lanes and (stages or places or packing == "best_fit"):
             raise ValueError(
                 "lanes walk through documents: they take no stages, no places and no best_fit"
@@ -109,31 +99,42 @@ class PretrainData(StepData):
         self.lanes = lanes
         self.packing = packing
         self.places = places
-        weights = {n: s.weight for n, s in sources.items() if s.weight is not None}
-        run = Stage(ENDLESS, window, batch_tokens, micro_batch_size, weights or None)
+        self.storage = storage
+        run = Stage(ENDLESS, window, batch_tokens, micro_batch_size, given_weights(sources))
         self.staged = bool(stages)
         self.course = Course([stage.completed(run) for stage in stages or [run]])
         self.window = max(stage.window for stage in self.course.stages)
-        for stage in self.course.stages:
-            if unknown := set(stage.weights or {}) - set(sources):
-                raise ValueError(
-                    f"a stage names source {unknown.pop()}; sources are {', '.join(sources)}"
-                )
-        self.storage = storage
+        self._check_stages()
         opened = {n: s.open("train", self._shortest(n), storage) for n, s in sources.items()}
-        first = next(iter(opened.values()))
-        self.tokenizer: dict[str, Any] = first.manifest["tokenizer"]
+        self.tokenizer: dict[str, Any] = next(iter(opened.values())).manifest["tokenizer"]
+        self._check_opened(opened)
+        self.tokenizer_folder = self._first_tokenizer_folder(opened)
+
+    def _check_stages(self) -> None:
+        """Refuse stages that name a source which is not there."""
+        for stage in self.course.stages:
+            if unknown := set(stage.weights or {}) - set(self.sources):
+                raise ValueError(
+                    f"a stage names source {unknown.pop()}; sources are {', '.join(self.sources)}"
+                )
+
+    def _check_opened(self, opened: Mapping[str, Windows | Packs]) -> None:
+        """Refuse sources of different tokenizers, and packed ones that are to be packed anew."""
         for name, other in opened.items():
             if other.manifest["tokenizer"] != self.tokenizer:
                 raise ValueError(
                     f"source {name} was prepared with another tokenizer; prepare all with one"
                 )
-            if isinstance(other, Packs) and (lanes or packing == "best_fit"):
+            if isinstance(other, Packs) and (self.lanes or self.packing == "best_fit"):
                 raise ValueError(f"source {name} is packed already: leave out lanes and best_fit")
+
+    def _first_tokenizer_folder(self, opened: Mapping[str, Windows | Packs]) -> Path | None:
+        """Return a folder that holds the sources' tokenizer; None if there is none."""
         own = [w.tokenizer_folder for w in opened.values() if isinstance(w, Windows)]
-        named = [Path(s.tokenizer) for s in sources.values() if s.tokenizer not in (None, "bytes")]
+        names = [source.tokenizer for source in self.sources.values()]
+        named = [Path(name) for name in names if name not in (None, "bytes")]
         folders = own + [path if path.is_dir() else path.parent for path in named]
-        self.tokenizer_folder = folders[0] if folders else None
+        return folders[0] if folders else None
 
     def _shortest(self, name: str) -> int:
         """Shortest window that a source is read in; the longest of all if none reads it."""
@@ -188,6 +189,19 @@ class PretrainData(StepData):
         """Read rows of packed documents; in validation all stands where it stands."""
         batch = read_batch(readers, rows, self.tokenizer["bos"])
         return self.places(batch) if training and self.places else batch
+
+
+def _check_sizes(
+    window: int, batch_tokens: int, micro_batch_size: int, held_out_windows: int
+) -> None:
+    """Raise ValueError if one of them is too small."""
+    if min(window, batch_tokens, micro_batch_size) < 1:
+        raise ValueError(
+            f"window {window}, batch_tokens {batch_tokens} and micro_batch_size "
+            f"{micro_batch_size} must be 1 or more"
+        )
+    if held_out_windows < 0:
+        raise ValueError(f"held_out_windows {held_out_windows} must be 0 or more")
 
 
 def read_batch(readers: Mapping[int, Reader], rows: Rows, bos: int) -> Batch:

@@ -138,6 +138,20 @@ class StepData(TrainingData, ABC):
         )
 
 
+def check_shares(sources: Mapping[str, Any]) -> None:
+    """Raise ValueError unless there is a source, and all or none of them have a weight."""
+    given = [source.weight is not None for source in sources.values()]
+    if not given or any(given) != all(given):
+        raise ValueError(
+            "sources need a weight each, or none of them one; and there must be a source"
+        )
+
+
+def given_weights(sources: Mapping[str, Any]) -> dict[str, float] | None:
+    """Return the sources' weights by name; None if they have none."""
+    return {n: s.weight for n, s in sources.items() if s.weight is not None} or None
+
+
 class Upward(Sampler[int]):
     """Counts from `start` to `end`, but has the length of the whole run.
 

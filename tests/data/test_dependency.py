@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from lit_longctx.checkpoint import export_pretrained
 from lit_longctx.data import dependency as module
 from lit_longctx.data.dependency import (
     DependencyFilter,
+    DependencyScorer,
     dependency_score,
     draw_pairs,
     perplexities,
@@ -158,7 +159,9 @@ def test_score_is_that_of_the_authors_procedure_with_transformers(random_llama):
 
     ids = random_ids(6 * SEGMENT + 5)  # shorter than the window, and with a rest
     segments = [ids[i * SEGMENT : (i + 1) * SEGMENT].tolist() for i in range(6)]
-    chosen = DependencyFilter(folder, 0.0, pairs=9, seed=3, least_strength=0.0, **SETTINGS)
+    chosen = DependencyScorer(
+        DependencyFilter(folder, 0.0, pairs=9, seed=3, least_strength=0.0, **SETTINGS)
+    )
     pairs = draw_pairs(6, 9, np.random.default_rng([3, 0])).tolist()
     given = {(i, j): perplexity(segments[j] + segments[i]) for i, j in pairs}
     alone = [perplexity(segment) for segment in segments]
@@ -176,7 +179,10 @@ def test_batched_is_one_by_one(random_llama):
             found = perplexities(llama, rows, targets, batch)
             np.testing.assert_allclose(found, single, rtol=2e-5)
     ids = random_ids(8 * SEGMENT)
-    scores = [DependencyFilter(folder, 0.0, batch=n, **SETTINGS).score(ids) for n in (1, 5, 99)]
+    scores = [
+        DependencyScorer(DependencyFilter(folder, 0.0, batch=n, **SETTINGS)).score(ids)
+        for n in (1, 5, 99)
+    ]
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-3)
     assert scores[0] > 0
 
@@ -184,9 +190,9 @@ def test_batched_is_one_by_one(random_llama):
 def test_bfloat16_scores_nearly_as_float32(random_llama):
     ids = random_ids(8 * SEGMENT)
     full = DependencyFilter(random_llama[1], 0.0, **SETTINGS)
-    half = replace(full, compute_dtype="bfloat16")
+    half = DependencyScorer(replace(full, compute_dtype="bfloat16"))
     assert half.llama.head_weight.dtype == torch.bfloat16
-    assert half.score(ids) == pytest.approx(full.score(ids), rel=0.02)
+    assert half.score(ids) == pytest.approx(DependencyScorer(full).score(ids), rel=0.02)
 
 
 # ---- a model that expects again what its context holds
@@ -234,7 +240,7 @@ BOILERPLATE = document_of(0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def test_a_segment_that_returns_late_scores_and_an_unrelated_one_does_not(repeating):
-    chosen = DependencyFilter(repeating, 0.0, **SETTINGS)
+    chosen = DependencyScorer(DependencyFilter(repeating, 0.0, **SETTINGS))
     unrelated, related = chosen.score(UNRELATED), chosen.score(RELATED)
     assert unrelated == 0.0
     assert related > 0.01
@@ -247,7 +253,7 @@ def test_a_segment_that_returns_late_scores_and_an_unrelated_one_does_not(repeat
 def test_related_documents_are_kept_and_reported(repeating):
     documents = {"far": RELATED, "none": UNRELATED, "short": RELATED[: 2 * SEGMENT - 1]}
     documents |= {"near": NEARER, "empty": RELATED[:0], "twice": TWICE}
-    chosen = DependencyFilter(repeating, 0.01, **SETTINGS)
+    chosen = DependencyScorer(DependencyFilter(repeating, 0.01, **SETTINGS))
     stream = ((Document("", name), ids) for name, ids in documents.items())
     kept = list(chosen(stream))
     assert [document.id for document, _ in kept] == ["far", "near", "twice"]
@@ -264,14 +270,16 @@ def test_related_documents_are_kept_and_reported(repeating):
 
 
 def test_all_documents_pass_at_zero_and_an_empty_stream_has_a_report(repeating):
-    chosen = DependencyFilter(repeating, 0.0, **SETTINGS)
+    chosen = DependencyScorer(DependencyFilter(repeating, 0.0, **SETTINGS))
     json.dumps(chosen.report, allow_nan=False)
     stream = [(Document("", str(i)), ids) for i, ids in enumerate((UNRELATED, UNRELATED[:3]))]
     assert list(chosen(iter(stream))) == stream
 
 
 def test_a_longer_document_is_the_mean_over_the_pairs_of_its_windows(repeating):
-    chosen = DependencyFilter(repeating, 0.0, **SETTINGS)  # 500 pairs: all 28 of a window
+    chosen = DependencyScorer(
+        DependencyFilter(repeating, 0.0, **SETTINGS)
+    )  # 500 pairs: all 28 of a window
     rest = document_of(0, 1, 0)
     expected = 28 * chosen.score(RELATED) + 28 * chosen.score(UNRELATED) + 3 * chosen.score(rest)
     for spare in (0, 9):  # tokens that fill no segment
@@ -284,7 +292,9 @@ def test_a_longer_document_is_the_mean_over_the_pairs_of_its_windows(repeating):
 
 def test_a_score_depends_on_tokens_and_seed_alone(random_llama):
     def scores(seed, order):
-        chosen = DependencyFilter(random_llama[1], 0.0, pairs=5, seed=seed, **SETTINGS)
+        chosen = DependencyScorer(
+            DependencyFilter(random_llama[1], 0.0, pairs=5, seed=seed, **SETTINGS)
+        )
         stream = ((Document("", str(i)), random_ids(150, i)) for i in order)
         for _ in chosen(stream):
             pass
@@ -303,7 +313,7 @@ def test_the_model_is_loaded_once_and_late(repeating, monkeypatch):
 
     real = module.load_pretrained
     monkeypatch.setattr(module, "load_pretrained", load)
-    chosen = DependencyFilter(repeating, 0.01, **SETTINGS)
+    chosen = DependencyScorer(DependencyFilter(repeating, 0.01, **SETTINGS))
     kept = chosen(iter([(Document("", "a"), RELATED), (Document("", "b"), RELATED)]))
     assert loaded == []
     assert len(list(kept)) == 2
@@ -311,7 +321,7 @@ def test_the_model_is_loaded_once_and_late(repeating, monkeypatch):
 
 
 def test_foreign_ids_are_refused_in_one_line(repeating):
-    chosen = DependencyFilter(repeating, 0.0, **SETTINGS)
+    chosen = DependencyScorer(DependencyFilter(repeating, 0.0, **SETTINGS))
     assert chosen.score(np.array([127, 0])) == 0
     expected = rf"^token 128 is beyond {repeating}'s vocabulary of 128; prepare .* tokenizer$"
     with pytest.raises(ValueError, match=expected):
@@ -322,7 +332,7 @@ def test_a_broken_model_is_refused_in_one_line(random_llama, tmp_path):
     llama = Llama(random_llama[0].config, RoPE())
     torch.nn.init.constant_(llama.model.norm.weight, math.nan)
     export_pretrained(llama, tmp_path / "model")
-    chosen = DependencyFilter(str(tmp_path / "model"), 0.0, **SETTINGS)
+    chosen = DependencyScorer(DependencyFilter(str(tmp_path / "model"), 0.0, **SETTINGS))
     with pytest.raises(ValueError, match=r"^.* gives a perplexity that is not finite in float32;"):
         chosen.score(random_ids(64))
 
@@ -352,3 +362,4 @@ def test_settings_are_frozen_and_comparable():
     assert chosen == DependencyFilter("nowhere", 0.1) != DependencyFilter("nowhere", 0.2)
     with pytest.raises(FrozenInstanceError):
         chosen.seed = 3  # pyright: ignore
+    assert vars(chosen).keys() == {field.name for field in fields(chosen) if field.init}

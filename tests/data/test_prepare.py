@@ -15,7 +15,7 @@ from lit_longctx import cli, manifest
 from lit_longctx.checkpoint import export_pretrained
 from lit_longctx.data import prepare as module
 from lit_longctx.data.chunks import SplitWriter
-from lit_longctx.data.dependency import DependencyFilter
+from lit_longctx.data.dependency import DependencyFilter, DependencyScorer
 from lit_longctx.data.prepare import prepare
 from lit_longctx.data.tokenizer import ByteTokenizer, Tokenizer
 from lit_longctx.data.windows import Windows
@@ -420,7 +420,7 @@ def test_the_filter_keeps_what_scores_and_reports(tmp_path, capsys):
     write_rows(tmp_path / "a.jsonl", texts)
     settings = {"segment": 32, "window": 256, "pairs": 28, "least_strength": 0.0}
     coder = ByteTokenizer()
-    scorer = DependencyFilter(str(checkpoint), 0.0, **settings)
+    scorer = DependencyScorer(DependencyFilter(str(checkpoint), 0.0, **settings))
     scores = {
         name: scorer.score(ids)
         for name, ids in zip(texts, coder.encode(list(texts.values())), strict=True)
