@@ -208,9 +208,8 @@ def read_batch(readers: Mapping[int, Reader], rows: Rows, bos: int) -> Batch:
     """Pack rows given as (source, window, sample); window −1 is padding, without targets."""
     length = next(reader.length for reader in readers.values())
     padding = np.full(length + 1, NO_TARGET), np.zeros(length + 1, dtype=bool)
-    found = [padding if window < 0 else readers[source][window] for source, window, _ in rows]
-    tokens = [row[0] if isinstance(row, tuple) else row for row in found]
-    starts = [row[1] if isinstance(row, tuple) else row == bos for row in found]
+    found = [padding if window < 0 else _row(readers[source], window) for source, window, _ in rows]
+    tokens, starts = zip(*found, strict=True)
     return pack(
         torch.from_numpy(np.stack(tokens)),
         bos,
@@ -218,6 +217,11 @@ def read_batch(readers: Mapping[int, Reader], rows: Rows, bos: int) -> Batch:
         sources=torch.tensor([source for source, *_ in rows]),
         samples=torch.tensor([sample for *_, sample in rows]),
     )
+
+
+def _row(reader: Reader, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of a window, and True where a document starts."""
+    return reader.with_starts(window) if isinstance(reader, Windows) else reader[window]
 
 
 def _groups(reader: Reader) -> list[int]:
