@@ -80,6 +80,11 @@ class Packs:
         self.manifest = {"tokenizer": tokenizer, "chunk_tokens": items * used}
 
     @property
+    def tokenizer(self) -> dict[str, Any]:
+        """What the folder was tokenised with; which ids are in use, it does not say."""
+        return self.manifest["tokenizer"]
+
+    @property
     def items(self) -> int:
         """Packed items."""
         return int(self.ends[-1]) if self.shards else 0

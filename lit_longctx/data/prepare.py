@@ -204,6 +204,7 @@ def store_documents(
 def opened_scorer(settings: DependencyFilter, about: dict[str, Any]) -> DependencyScorer:
     """Return the filter's scorer; ValueError if its model has not the data's tokenizer."""
     checkpoint = resolve(settings.checkpoint)
+    about = about | {"largest_id": max(about["bos"], about["eos"])}  # others when they are scored
     check_tokenizer(about, read_model(checkpoint)[0].vocab_size, tokenizer_folder(checkpoint))
     return DependencyScorer(settings)
 

@@ -90,6 +90,19 @@ class Windows:
         return self.files.fetches
 
     @property
+    def tokenizer(self) -> dict[str, Any]:
+        """What the manifest says of the tokenizer and, where it does, of the ids in use.
+
+        `largest_id` is the largest in any split. A vocabulary may hold more: a [PAD] that no data
+        has, beyond the rows of the model's embedding.
+        """
+        splits = self.manifest["splits"].values()
+        if not all("largest_id" in split for split in splits):
+            return self.manifest["tokenizer"]
+        largest = max(split["largest_id"] for split in splits)
+        return {**self.manifest["tokenizer"], "largest_id": largest}
+
+    @property
     def tokenizer_folder(self) -> Path:
         """Where the folder's tokenizer lies on disk; fetched there from a URL."""
         return self.files.subfolder("tokenizer")

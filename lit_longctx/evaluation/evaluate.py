@@ -181,7 +181,7 @@ def check_vocabulary(start: Path, held_out: HeldOut) -> None:
     config, own = read_model(start)[0], tokenizer_folder(start)
     chats = [each.windows for each in held_out.conversations.values()]
     for source in [*held_out.documents.values(), *chats]:
-        check_tokenizer(source.manifest["tokenizer"], config.vocab_size, own)
+        check_tokenizer(source.tokenizer, config.vocab_size, own)
 
 
 def write(sections: list[Section], result: dict[str, Any], folder: Path) -> dict[str, Any]:
