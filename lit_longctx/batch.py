@@ -88,11 +88,11 @@ def pack(
 ) -> Batch:
     """Turn windows of seq + 1 tokens into a batch of seq inputs and their targets.
 
-    Documents begin wherever `bos` stands, or where `starts` is True (fragments of best-fit packing
-    have no BOS). The beginning of a window begins a document too: the fragment it opens with
-    cannot see what was cut off before it. The first token of a document is never a target.
-    Negative ids are
-    padding: a document of its own, without targets.
+    Documents begin where `starts` is True or, if it is not given, wherever `bos` stands: right only
+    where BOS stands nowhere else, so with a tokenizer whose BOS is its EOS give `starts`. The
+    beginning of a window begins a document too: the fragment it opens with cannot see what was cut
+    off before it. The first token of a document is never a target. Negative ids are padding: a
+    document of its own, without targets.
 
         tokens     B a b E B c d | e        (window of seq + 1 = 8; the last token is a target only)
         input_ids  B a b E B c d

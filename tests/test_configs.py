@@ -117,10 +117,10 @@ def test_a_run_fits_together(options):
     parser.add_subclass_arguments(LanguageModule, "model")
     module = parser.instantiate(parser.parse_object({"model": model})).model
     with torch.device("meta"):
-        llama = Llama(module.config, module.position)  # flash-attn need not be installed
+        llama = Llama(module.config, module.layers)  # flash-attn need not be installed
     assert all(parameter.is_meta for parameter in llama.parameters())
     places = torch.tensor([[0, data.window - 1]])
-    assert module.position.encode(places, module.config.head_width).isfinite().all()
+    assert llama.position.encode(places, module.config.head_width).isfinite().all()
 
 
 def test_the_placeholder_divisors_follow_the_rule_beside_them():

@@ -79,6 +79,7 @@ class SplitWriter:
             self.dtype = np.uint32
         self.long: list[tuple[int, int]] | None = [] if chat else None
         self.answer_tokens = 0
+        self.largest_id = max(self.bos, self.eos)
         self.chunk_tokens = chunk_tokens
         self.folder = folder
         self.lengths = array("I")
@@ -100,6 +101,7 @@ class SplitWriter:
         for length in lengths:
             self.ledger.count(length)
         self.lengths.extend(lengths)
+        self.largest_id = max(self.largest_id, int(tokens.max()))
         self._append(tokens.astype(self.dtype))
 
     def add_conversation(self, found: Rendered) -> None:
@@ -107,6 +109,7 @@ class SplitWriter:
         assert self.long is not None
         self.ledger.count(len(found.ids), boundaries=0)
         self.lengths.append(len(found.ids))
+        self.largest_id = max(self.largest_id, int(found.ids.max()))
         self.long.append(found.document or (0, 0))
         self.answer_tokens += int(found.answers.sum())
         self._append(
@@ -151,6 +154,7 @@ class SplitWriter:
             "boundary_tokens": ledger.boundary_tokens,
             "padding": ledger.padding,
             "chunks": self.chunks,
+            "largest_id": self.largest_id,
             "lengths": [[e, ledger.lengths[e], ledger.length_tokens[e]] for e in edges],
             **({} if self.long is None else {"answer_tokens": self.answer_tokens}),
         }

@@ -13,7 +13,7 @@ from lit_longctx.data.conversations import ConversationRows, Conversations
 from lit_longctx.data.order import Order
 from lit_longctx.data.places import Places
 from lit_longctx.data.stages import ENDLESS, Course, Stage
-from lit_longctx.data.steps import Rows, StepData, check_shares, given_weights
+from lit_longctx.data.steps import Rows, StepData, check_shares, common_tokenizer, given_weights
 from lit_longctx.data.storage import ObjectStorage
 from lit_longctx.data.weights import Mean, weigh
 
@@ -98,8 +98,8 @@ class FinetuneData(StepData):
         self.course = Course([stage])
         self.window = window
         opened = [self._open(name, "train") for name in sources]
-        self.tokenizer = opened[0].windows.manifest["tokenizer"]
         self._check_opened(opened)
+        self.tokenizer = common_tokenizer(each.windows for each in opened)
         self.tokenizer_folder = opened[0].windows.tokenizer_folder
 
     def _check_opened(self, opened: Sequence[Conversations]) -> None:
@@ -115,7 +115,8 @@ class FinetuneData(StepData):
             raise ValueError(
                 "sources were prepared with different chat templates; prepare all with one"
             )
-        if any(each.windows.manifest["tokenizer"] != self.tokenizer for each in opened):
+        tokenizers = [each.windows.manifest["tokenizer"] for each in opened]
+        if any(other != tokenizers[0] for other in tokenizers):
             raise ValueError(
                 "sources were prepared with different tokenizers; prepare all with one"
             )

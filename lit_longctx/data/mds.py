@@ -63,7 +63,13 @@ class Packs:
         self.ends = np.cumsum([shard["samples"] for shard in self.shards], dtype=np.int64)
         self.bos: int = tokenizer["bos"]
         self._maps: Maps | None = None
-        self.item_tokens = len(self._columns(0)["input_ids"]) if self.shards else length
+        first = self._columns(0) if self.shards else {}
+        if self.shards and "indices" not in first and self.bos == tokenizer["eos"]:
+            raise ValueError(
+                f"{folder} has no column indices that says where documents start, and its "
+                "tokenizer's BOS is its EOS, which does not tell; write the shards with indices"
+            )
+        self.item_tokens = len(first["input_ids"]) if self.shards else length
         if not 1 <= length <= self.item_tokens:
             raise ValueError(
                 f"window {length} does not fit {folder}, packed to {self.item_tokens} tokens; "
@@ -72,6 +78,11 @@ class Packs:
         items = self.shards[0]["samples"] if self.shards else 1
         used = self.item_tokens // length * length
         self.manifest = {"tokenizer": tokenizer, "chunk_tokens": items * used}
+
+    @property
+    def tokenizer(self) -> dict[str, Any]:
+        """What the folder was tokenised with; which ids are in use, it does not say."""
+        return self.manifest["tokenizer"]
 
     @property
     def items(self) -> int:

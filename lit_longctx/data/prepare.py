@@ -204,6 +204,7 @@ def store_documents(
 def opened_scorer(settings: DependencyFilter, about: dict[str, Any]) -> DependencyScorer:
     """Return the filter's scorer; ValueError if its model has not the data's tokenizer."""
     opened = open_checkpoint(settings.checkpoint)
+    about = about | {"largest_id": max(about["bos"], about["eos"])}  # others when they are scored
     check_tokenizer(about, opened.config.vocab_size, opened.tokenizer)
     return DependencyScorer(settings)
 

@@ -17,7 +17,7 @@ from lit_longctx.data.order import Order
 from lit_longctx.data.packing import BestFit
 from lit_longctx.data.places import Places
 from lit_longctx.data.stages import ENDLESS, Course, Stage
-from lit_longctx.data.steps import Rows, StepData, check_shares, given_weights
+from lit_longctx.data.steps import Rows, StepData, check_shares, common_tokenizer, given_weights
 from lit_longctx.data.storage import ObjectStorage
 from lit_longctx.data.tokenizer import described, open_tokenizer
 from lit_longctx.data.windows import Windows
@@ -106,8 +106,8 @@ class PretrainData(StepData):
         self.window = max(stage.window for stage in self.course.stages)
         self._check_stages()
         opened = {n: s.open("train", self._shortest(n), storage) for n, s in sources.items()}
-        self.tokenizer: dict[str, Any] = next(iter(opened.values())).manifest["tokenizer"]
         self._check_opened(opened)
+        self.tokenizer = common_tokenizer(opened.values())
         self.tokenizer_folder = self._first_tokenizer_folder(opened)
 
     def _check_stages(self) -> None:
@@ -120,8 +120,9 @@ class PretrainData(StepData):
 
     def _check_opened(self, opened: Mapping[str, Windows | Packs]) -> None:
         """Refuse sources of different tokenizers, and packed ones that are to be packed anew."""
+        first = next(iter(opened.values())).manifest["tokenizer"]
         for name, other in opened.items():
-            if other.manifest["tokenizer"] != self.tokenizer:
+            if other.manifest["tokenizer"] != first:
                 raise ValueError(
                     f"source {name} was prepared with another tokenizer; prepare all with one"
                 )
@@ -208,9 +209,8 @@ def read_batch(readers: Mapping[int, Reader], rows: Rows, bos: int) -> Batch:
     """Pack rows given as (source, window, sample); window −1 is padding, without targets."""
     length = next(reader.length for reader in readers.values())
     padding = np.full(length + 1, NO_TARGET), np.zeros(length + 1, dtype=bool)
-    found = [padding if window < 0 else readers[source][window] for source, window, _ in rows]
-    tokens = [row[0] if isinstance(row, tuple) else row for row in found]
-    starts = [row[1] if isinstance(row, tuple) else row == bos for row in found]
+    found = [padding if window < 0 else _row(readers[source], window) for source, window, _ in rows]
+    tokens, starts = zip(*found, strict=True)
     return pack(
         torch.from_numpy(np.stack(tokens)),
         bos,
@@ -218,6 +218,11 @@ def read_batch(readers: Mapping[int, Reader], rows: Rows, bos: int) -> Batch:
         sources=torch.tensor([source for source, *_ in rows]),
         samples=torch.tensor([sample for *_, sample in rows]),
     )
+
+
+def _row(reader: Reader, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of a window, and True where a document starts."""
+    return reader.with_starts(window) if isinstance(reader, Windows) else reader[window]
 
 
 def _groups(reader: Reader) -> list[int]:

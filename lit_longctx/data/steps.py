@@ -1,7 +1,7 @@
 """Numbered samples → whole optimizer steps, elastic and resumable: what data modules share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,14 @@ def check_shares(sources: Mapping[str, Any]) -> None:
 def given_weights(sources: Mapping[str, Any]) -> dict[str, float] | None:
     """Return the sources' weights by name; None if they have none."""
     return {n: s.weight for n, s in sources.items() if s.weight is not None} or None
+
+
+def common_tokenizer(opened: Iterable[Any]) -> dict[str, Any]:
+    """Return the tokenizer of windows that have the same, with the largest id that any uses."""
+    told = [windows.tokenizer for windows in opened]
+    if not all("largest_id" in each for each in told):
+        return {name: value for name, value in told[0].items() if name != "largest_id"}
+    return {**told[0], "largest_id": max(each["largest_id"] for each in told)}
 
 
 class Upward(Sampler[int]):

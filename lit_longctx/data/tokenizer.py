@@ -271,17 +271,19 @@ def check_tokenizer(data: Mapping[str, Any], vocab_size: int, folder: Path | Non
     """Refuse data whose ids are not the model's.
 
     Args:
-        data: What the data's manifest says of its tokenizer.
+        data: What the data's manifest says of its tokenizer; `largest_id`, the largest in use, is
+            all of the vocabulary that the model must have.
         vocab_size: The model's.
         folder: The checkpoint's tokenizer, if it has one.
 
     Raises:
         ValueError: An id is beyond the vocabulary, or the checkpoint has another tokenizer.
     """
-    if data["vocab_size"] > vocab_size:
+    if data.get("largest_id", data["vocab_size"] - 1) >= vocab_size:
+        used = f", and uses id {data['largest_id']}" if "largest_id" in data else ""
         raise ValueError(
             f"data has a vocabulary of {data['vocab_size']}, larger than the model's "
-            f"{vocab_size}; prepare the data with the model's tokenizer"
+            f"{vocab_size}{used}; prepare the data with the model's tokenizer"
         )
     own = fingerprint_of(folder, data["bos"], data["eos"]) if folder else None
     if own is not None and own != data["fingerprint"]:

@@ -35,7 +35,7 @@ class Windows:
 
     Each file's hash is checked when it is first read, so that an altered one stops the run instead
     of training it. A window costs a memory copy; the first of a chunk, its hash (about 1 GB/s) and,
-    from a URL, its download.
+    from a URL, its download. Where documents start costs 8 bytes of memory per document.
     """
 
     def __init__(
@@ -66,7 +66,14 @@ class Windows:
                 f"prepare with --chunk_tokens {length} or more"
             )
         self.tokens: int = self.manifest["splits"][split]["tokens"]
+        bos, eos = (self.manifest.get("tokenizer", {}).get(end) for end in ("bos", "eos"))
+        if self.tokens and not self._has_lengths and bos == eos is not None:
+            raise ValueError(
+                f"{folder} was prepared by an older version, which did not record where documents "
+                "start, and its BOS is its EOS, which does not tell; prepare it again"
+            )
         self._chunks: Chunks | None = None
+        self._begins: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Whole windows in the split; the last needs one token beyond it."""
@@ -81,6 +88,19 @@ class Windows:
     def fetches(self) -> Counter[str]:
         """How often this process asked for each file over the network."""
         return self.files.fetches
+
+    @property
+    def tokenizer(self) -> dict[str, Any]:
+        """What the manifest says of the tokenizer and, where it does, of the ids in use.
+
+        `largest_id` is the largest in any split. A vocabulary may hold more: a [PAD] that no data
+        has, beyond the rows of the model's embedding.
+        """
+        splits = self.manifest["splits"].values()
+        if not all("largest_id" in split for split in splits):
+            return self.manifest["tokenizer"]
+        largest = max(split["largest_id"] for split in splits)
+        return {**self.manifest["tokenizer"], "largest_id": largest}
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -107,6 +127,33 @@ class Windows:
             at += len(part)
         return found
 
+    def with_starts(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of a window, and True where a document starts."""
+        tokens = self[index]
+        begin = index * self.length
+        if not self._has_lengths:
+            return tokens, tokens == self.manifest["tokenizer"]["bos"]
+        return tokens, self.starts(begin, begin + self.length + 1)
+
+    def starts(self, start: int, stop: int) -> np.ndarray:
+        """Return whether a document starts at each of the tokens [start, stop) of the split.
+
+        As recorded, not as told by BOS, which may be EOS too. What fills the last block starts
+        anew at each token, so that none of it is a target.
+        """
+        if self._begins is None:
+            ends = self.document_lengths().cumsum(dtype=np.int64)
+            self._begins = np.concatenate([[0], ends[:-1], np.arange(ends[-1], self.tokens)])
+        first, last = np.searchsorted(self._begins, [start, stop])
+        found = np.zeros(stop - start, dtype=bool)
+        found[self._begins[first:last] - start] = True
+        return found
+
+    @property
+    def _has_lengths(self) -> bool:
+        """Whether the folder records its documents' lengths; the first version's did not."""
+        return f"{self.split}/{LENGTHS}" in self.manifest["files"]
+
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document in order, BOS and EOS included, uint32."""
         return self._array(LENGTHS)
@@ -123,8 +170,8 @@ class Windows:
             return np.load(file)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files behind when a loader worker copies this."""
-        return {**self.__dict__, "_chunks": None}
+        """Leave open files, and what is quickly read again, behind when a worker copies this."""
+        return {**self.__dict__, "_chunks": None, "_begins": None}
 
 
 class Chunks:

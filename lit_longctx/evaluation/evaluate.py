@@ -195,7 +195,7 @@ def check_vocabulary(start: Checkpoint, held_out: HeldOut) -> None:
     """Refuse data whose tokens are not the checkpoint's, before anything is measured."""
     chats = [each.windows for each in held_out.conversations.values()]
     for source in [*held_out.documents.values(), *chats]:
-        check_tokenizer(source.manifest["tokenizer"], start.config.vocab_size, start.tokenizer)
+        check_tokenizer(source.tokenizer, start.config.vocab_size, start.tokenizer)
 
 
 def write(sections: list[Section], result: dict[str, Any], folder: Path) -> dict[str, Any]:

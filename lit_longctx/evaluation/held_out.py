@@ -51,8 +51,11 @@ class HeldOutLoss(Measure):
     def measure(self, llama: Llama, unit: Unit) -> list[list[float]]:
         """Return [length bucket, position bucket, Σ nats, targets] wherever there are targets."""
         source = self.sources[unit["source"]]
-        tokens = torch.from_numpy(source[unit["at"]])[None].to(llama.head_weight.device)
-        batch = pack(tokens, source.manifest["tokenizer"]["bos"])
+        tokens, starts = (
+            torch.from_numpy(each)[None].to(llama.head_weight.device)
+            for each in source.with_starts(unit["at"])
+        )
+        batch = pack(tokens, source.manifest["tokenizer"]["bos"], starts)
         self.metric.to(tokens.device).reset()
         self.metric.update(llama(batch), batch)
         nats, targets = (found[0] for found in self.metric.compute())

@@ -85,6 +85,8 @@ class Haystack:
         """Make one of stored tokens, such as a held-out split, whose BOS and EOS are left out."""
         documents = np.split(ids, np.flatnonzero(ids == tokenizer.bos))
         whole = [_without_ends(tokenizer, part).tolist() for part in documents]
+        if tokenizer.bos == tokenizer.eos:  # then a document's end is split off, as one of its own
+            whole = [part for part in whole if part]
         return cls(tokenizer, [tokenizer.decode(part) for part in whole])
 
     @cached_property

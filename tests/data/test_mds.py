@@ -178,3 +178,11 @@ def test_arrays_by_the_published_layout(shape, dtype):
     assert mds.decode_array(head + values.tobytes(), f"ndarray:{dtype}").tolist() == flat
     fixed = f"ndarray:{dtype}:{','.join(map(str, shape))}"
     assert mds.decode_array(values.tobytes(), fixed).tolist() == flat
+
+
+def test_items_without_spans_need_a_bos_that_is_no_eos(storage):
+    same = {**TOKENIZER, "eos": TOKENIZER["bos"]}
+    with pytest.raises(ValueError, match=r"no column indices .* write the shards with indices$"):
+        Packs(GOLDEN / "bos", "train", ITEM, same, storage)
+    tokens, starts = Packs(GOLDEN / "plain", "train", ITEM, same, storage)[1]
+    assert (tokens.tolist(), np.flatnonzero(starts).tolist()) == ([*item(1)[0], -100], item(1)[1])
