@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from training import runs
 
+from lit_longctx import manifest
 from lit_longctx.checkpoint import load_pretrained, newest_whole
 
 START = 10
@@ -186,3 +188,34 @@ def test_random_kills_leave_no_trace(workers: int, every: int, tmp_path: Path):
     )
     for name, weight in uninterrupted.state_dict().items():
         assert torch.equal(ours.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("how", ["start", "last"])
+def test_every_file_of_a_checkpoint_is_hashed_once_by_one_process(how: str, tmp_path: Path):
+    ranks = 2
+    source = runs.alone().folder
+    options: list[Any] = ["--trainer.callbacks+", "training.hashed.Hashed"]
+    if how == "last":
+        shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+        options += ["--ckpt_path", "last", "--trainer.max_steps", 31]
+        step = tmp_path / "checkpoints" / "step-00000030"
+    else:
+        options += ["--model.init_args.checkpoint", source, "--model.init_args.config", "null"]
+        options += ["--trainer.max_steps", 1]
+        step = source / "checkpoints" / "step-00000030"
+    runs.fit(tmp_path, *options, ranks=ranks).succeeded()
+    sizes = {str(step / name): file["bytes"] for name, file in manifest.read(step)["files"].items()}
+    small = str(step / "model.json")
+    found = [
+        [tuple(each) for each in json.loads((tmp_path / f"hashed-{rank}.json").read_text())]
+        for rank in range(ranks)
+    ]
+    large = [[each for each in files if each[0] in sizes and each[0] != small] for files in found]
+    assert sorted(chain.from_iterable(large)) == sorted(
+        (f, n) for f, n in sizes.items() if f != small
+    )
+    for rank, files in enumerate(found):
+        hashed = sum(size for path, size in files if path in sizes)
+        print(
+            f"{how}, process {rank} of {ranks}: {hashed:,} of {sum(sizes.values()):,} bytes hashed"
+        )
