@@ -15,7 +15,6 @@ from training import runs
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))
-TRAINING = "4_train_tiny.ipynb"
 WINDOW = 2048
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 
@@ -54,10 +53,8 @@ def two_steps(folder: Path, data: Path, window: int) -> dict[str, object]:
     return named | {f"trainer.{name}": value for name, value in trainer.items()}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n == TRAINING)) for n in NOTEBOOKS],
-)
+@pytest.mark.slow  # what notebooks call is under test elsewhere; here, that they still run
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_it_runs_and_draws_its_figures(name: str, notebooks: Path):
     notebook = nbformat.read(notebooks / name, as_version=4)
     place = {"metadata": {"path": str(notebooks)}}

@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -18,12 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import torch
 import yaml
@@ -33,6 +34,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_longctx.batch import Step
 
+T = TypeVar("T")
 WINDOW = 256
 BATCH = 8
 """Windows per optimizer step."""
@@ -48,10 +50,29 @@ PORTS = range(20_000, 30_000)
 
 @cache
 def workshop() -> Path:
-    """Folder that the runs of this session share."""
+    """Folder that the runs of this session share; pytest's workers all have the same."""
+    if session := os.environ.get("PYTEST_XDIST_TESTRUNUID"):
+        folder = Path(tempfile.gettempdir()) / f"lit_longctx-{session}"
+        folder.mkdir(exist_ok=True)  # conftest.py removes it when all workers have ended
+        return folder
     folder = Path(tempfile.mkdtemp(prefix="lit_longctx-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def shared(make: Callable[[], T]) -> Callable[[], T]:
+    """Call a function once in a session; the workers that come later read what it returned."""
+
+    @cache
+    def made() -> T:
+        file = workshop() / f"{make.__name__}.pickle"
+        with file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not file.exists():
+                file.write_bytes(pickle.dumps(make()))
+        return pickle.loads(file.read_bytes())
+
+    return made
 
 
 def documents(seed: int, number: int) -> list[str]:
@@ -73,7 +94,7 @@ def prepare(folder: Path, texts: Sequence[str], **options: Any) -> Path:
     return folder
 
 
-@cache
+@shared
 def sources() -> dict[str, dict[str, Any]]:
     """Two prepared folders, one drawn three times as often as its share."""
     parts = {"prose": (1, 450, 0.75), "code": (2, 300, 0.25)}
@@ -83,7 +104,7 @@ def sources() -> dict[str, dict[str, Any]]:
     }
 
 
-@cache
+@shared
 def config() -> Path:
     """A YAML file for a tiny Llama on two sources; float32, deterministic."""
     shape = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -269,13 +290,13 @@ def torchrun(ranks: int, arguments: Sequence[Any], folder: Path) -> Ran:
     return Ran(code, log.read_text(), "", folder)
 
 
-@cache
+@shared
 def alone() -> Ran:
     """30 uninterrupted steps on one process, with checkpoints at 10, 20 and 30."""
     return fit(workshop() / "alone").succeeded()
 
 
-@cache
+@shared
 def together() -> Ran:
     """Train the same on two processes, by torchrun."""
     folder = workshop() / "together"
