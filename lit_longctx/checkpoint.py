@@ -18,8 +18,9 @@ from lit_longctx import hugging_face, manifest, meta, parameters
 from lit_longctx import position as schemes
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.layers import LayerKind, Layers
-from lit_longctx.model import Llama, LlamaConfig
+from lit_longctx.model import Llama, LlamaConfig, layers_of
 from lit_longctx.position import PositionScheme
+from lit_longctx.position.scheme import INHERITED, THETA
 
 MODEL = "model.json"
 """File in a run's checkpoint that describes the model: config, position scheme, trained context."""
@@ -71,17 +72,35 @@ class Checkpoint:
         files = [folder / GENERATION for folder in folders]
         return next((json.loads(file.read_text()) for file in files if file.is_file()), {})
 
-    def inherited(self) -> dict[str, float]:
-        """Return what position schemes take over unless told otherwise: theta, original_context.
+    def inherited(self) -> dict[str, Any]:
+        """Return what position schemes take over where they leave it open.
 
-        Of layers that differ, theta is there only where it is one.
+        Of layers that differ, theta or original_context is there only where it is one.
         """
-        found: dict[str, Any] = {"original_context": self.trained_context}
-        for name in ("theta", "original_context"):
+        found: dict[str, Any] = {"theta": THETA, "original_context": self.trained_context}
+        for name in INHERITED:
             values = {vars(kind.position).get(name) for kind in self.layers.kinds} - {None}
+            if values:
+                del found[name]
             if len(values) == 1:
                 found[name] = values.pop()
         return found
+
+    def layers_with(self, position: PositionScheme | Layers | None) -> Layers:
+        """Return the layers of a model that has this checkpoint's weights, and say what is taken.
+
+        Args:
+            position: Scheme or layers; what they leave open is the checkpoint's. Default: the
+                checkpoint's own.
+        """
+        if position is None:
+            return self.layers
+        layers = layers_of(position, self.config, self)
+        kinds = position.kinds if isinstance(position, Layers) else (LayerKind(position),)
+        for name in INHERITED:
+            if any(name in kind.position.unset() for kind in kinds):
+                say(f"position: {name} {self.inherited()[name]:.12g} from {self.path}")
+        return layers
 
     def verified(self) -> "Checkpoint":
         """Return the checkpoint with its files' hashes checked, once, each process its share.
@@ -115,7 +134,8 @@ class Checkpoint:
             device: Where the weights go.
             dtype: Of the weights.
             attn_implementation: Attention back end.
-            position: Scheme to use; default: the checkpoint's.
+            position: Scheme to use; what it leaves open is the checkpoint's, and said. Default: the
+                checkpoint's.
 
         Raises:
             ValueError: What is missing, torn, of another shape or beyond what this model can
@@ -123,7 +143,7 @@ class Checkpoint:
         """
         whole = self.verified()
         with torch.device("meta"):
-            llama = Llama(whole.config, position or whole.layers, attn_implementation)
+            llama = Llama(whole.config, whole.layers_with(position), attn_implementation)
         llama.to(dtype).to_empty(device=device)
         parameters.fill(llama, whole.path)
         return llama
@@ -239,7 +259,8 @@ def say(line: str) -> None:
     if dist.is_available() and dist.is_initialized():
         first = dist.get_rank() == 0
     else:
-        first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+        ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+        first = next((rank for rank in ranks if rank is not None), "0") == "0"
     if first:
         print(line, flush=True)
 
@@ -304,7 +325,8 @@ def load_pretrained(
     Args:
         folder: config.json with one or several safetensors files, a run folder, or one of its
             checkpoints.
-        position: The scheme to use; default: the one the folder describes.
+        position: The scheme to use; theta and original_context that it leaves open are the
+            folder's, and said. Default: the scheme that the folder describes.
         attn_implementation: Attention back end.
 
     Raises:

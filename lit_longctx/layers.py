@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from lit_longctx.position import PositionScheme
+from lit_longctx.position.scheme import Source
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Layers:
     def position_of(self, layer: int) -> PositionScheme:
         """Return the scheme of a layer."""
         return self.kinds[self.kind_of[layer]].position
+
+    def resolved(self, source: Source) -> "Layers":
+        """Return the layers whose schemes' open fields are a checkpoint's or config's."""
+        kinds = (replace(kind, position=kind.position.resolved(source)) for kind in self.kinds)
+        return replace(self, kinds=tuple(kinds))
 
     def with_theta(self, theta: float) -> "Layers":
         """Return the same layers with another rotary base; ValueError where several have one."""

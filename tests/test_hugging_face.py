@@ -172,7 +172,7 @@ def test_what_cannot_be_represented_is_refused_by_name(tmp_path, rope, message):
 def test_an_attention_factor_that_says_nothing_new_is_accepted():
     rope = {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.138629436, "mscale": None}
     found = read_position({"max_position_embeddings": 4096, "rope_scaling": rope})
-    assert found == YaRN(factor=4, original_context=4096)
+    assert found == YaRN(1e4, factor=4, original_context=4096)
 
 
 @pytest.mark.parametrize(

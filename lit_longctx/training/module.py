@@ -19,9 +19,8 @@ from lit_longctx.data.interface import DataDescription, TrainingData, describe_d
 from lit_longctx.data.tokenizer import check_tokenizer
 from lit_longctx.evaluation.metrics import LossByPosition
 from lit_longctx.keys import OWN, KeySource
-from lit_longctx.layers import Layers
 from lit_longctx.memory import Memory
-from lit_longctx.model import Llama, LlamaConfig
+from lit_longctx.model import Llama, LlamaConfig, layers_of
 from lit_longctx.position import PositionScheme, RoPE
 from lit_longctx.training import parallel
 from lit_longctx.training.schedule import Schedule, WarmupCosine
@@ -35,7 +34,8 @@ class LanguageModule(LightningModule, ABC):
     Args:
         checkpoint: Hugging Face folder or run folder to start from.
         config: Shape of a model with random weights, in place of a checkpoint.
-        position: Position scheme; default: the checkpoint's, or RoPE.
+        position: Position scheme; theta and original_context that it leaves open are the
+            checkpoint's. Default: the checkpoint's, or RoPE.
         attn_implementation: Attention back end.
         learning_rate: Peak learning rate of AdamW.
         schedule: Course of the learning rate.
@@ -73,12 +73,13 @@ class LanguageModule(LightningModule, ABC):
             )
         self.automatic_optimization = False
         self.start = None if checkpoint is None else open_checkpoint(checkpoint)
-        own = None if self.start is None else self.start.layers
         config = config if self.start is None else self.start.config
         assert config is not None
         self.config = config
-        alike = Layers.alike(position or RoPE(), config.num_hidden_layers)
-        self.layers = alike if position or own is None else own
+        start = self.start
+        self.layers = (
+            start.layers_with(position) if start else layers_of(position or RoPE(), config)
+        )
         self.attn_implementation: AttnImplementation = attn_implementation
         self.learning_rate = learning_rate
         self.schedule = schedule
