@@ -92,7 +92,7 @@ def read_position(config: dict[str, Any]) -> PositionScheme:
 # ---- out
 
 
-def config_json(llama: Llama, context: int | None, dtype: torch.dtype) -> dict[str, Any]:
+def config_json(llama: Llama, context: int, dtype: torch.dtype) -> dict[str, Any]:
     """Return config.json with both the v5 (`rope_parameters`) and the v4 rope keys.
 
     transformers 4 ignores v5's dictionary, and would silently read theta 10,000 without the others.
@@ -106,13 +106,13 @@ def config_json(llama: Llama, context: int | None, dtype: torch.dtype) -> dict[s
     theta = float(rope.pop("rope_theta"))
     if isinstance(llama.position, DynamicNTK):
         # transformers scales from here: raising it would switch the scaling off
-        context = llama.position.original_context
+        context = llama.position.known_context
     name = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **asdict(llama.config),
-        "max_position_embeddings": context or llama.config.max_position_embeddings,
+        "max_position_embeddings": context,
         "hidden_act": "silu",
         "mlp_bias": False,
         "initializer_range": 0.02,

@@ -70,6 +70,22 @@ class Layers:
         kinds = (replace(kind, position=kind.position.resolved(source)) for kind in self.kinds)
         return replace(self, kinds=tuple(kinds))
 
+    def reach(self, context: int) -> tuple[int, str]:
+        """Return the tokens that schemes with a factor stretch to, and how; (0, "") without one.
+
+        Args:
+            context: What schemes stretch that have no original context of their own; 0: unknown.
+        """
+        found = (0, "")
+        for kind in self.kinds:
+            factor = getattr(kind.position, "factor", None)
+            original = getattr(kind.position, "original_context", None) or context
+            tokens = round(original * factor) if factor else 0
+            if tokens > found[0]:
+                name = type(kind.position).__name__
+                found = tokens, f"the reach of {name}, factor {factor:g} × {original:,}"
+        return found
+
     def with_theta(self, theta: float) -> "Layers":
         """Return the same layers with another rotary base; ValueError where several have one."""
         schemes = [cast(Any, kind.position) for kind in self.kinds]

@@ -201,6 +201,8 @@ class Llama(nn.Module):
         self.model = Decoder(config, self.layers, self.backend)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.start: Any = None
+        """Checkpoint that the weights are from; an export takes over what else belongs to it."""
 
     @property
     def position(self) -> PositionScheme:

@@ -1,6 +1,6 @@
 """Batch → step: token-exact loss under accumulation and ranks, clipping, AdamW."""
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -96,10 +96,6 @@ class LanguageModule(LightningModule, ABC):
         self.llama: Llama | None = None
         self.held_out_loss: LossByPosition | None = None
 
-    @abstractmethod
-    def context(self, window: int | None) -> int | None:
-        """Return the tokens of context that a model has which was trained on such windows."""
-
     # ---- the model
 
     def configure_model(self) -> None:
@@ -122,6 +118,7 @@ class LanguageModule(LightningModule, ABC):
             strategy.check_model = self._check_resumed
         llama.to_empty(device=strategy.root_device)
         fresh = parameters.fill(llama, self._whole_start(), self.seed)
+        llama.start = self.start
         self.llama = llama
         self._announce(fresh)
 
@@ -281,9 +278,11 @@ class LanguageModule(LightningModule, ABC):
         data = self.data
         checkpoint["samples_consumed"] = self.samples_consumed
         checkpoint["stages"] = data.stages_until(self.global_step)
-        window = data.context or self.context(data.window_until(self.global_step))
+        before = self.start.trained_context if self.start else None
+        trained = (before, data.context, data.window_until(self.global_step))
+        context = max((tokens for tokens in trained if tokens is not None), default=None)
         checkpoint["model_description"] = {
-            **describe(self.llama, window),
+            **describe(self.llama, context),
             "started_from": self._started_from(),
             "tokenizer": data.tokenizer,
         }
@@ -291,7 +290,9 @@ class LanguageModule(LightningModule, ABC):
     def _started_from(self) -> dict[str, Any] | None:
         if self.start is None:
             return None
-        return {"checkpoint": str(self.start.path), **describe_layers(self.start.layers)}
+        context, _ = self.start.context_with(self.start.layers)
+        layers = describe_layers(self.start.layers)
+        return {"checkpoint": str(self.start.path), **layers, "context": context}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the count of samples, and the layers of the last step that was trained."""
@@ -326,17 +327,7 @@ class LanguageModule(LightningModule, ABC):
 class ContinualPretrain(LanguageModule):
     """Next-token prediction on packed documents, from a checkpoint or from random weights."""
 
-    def context(self, window: int | None) -> int | None:
-        """Return the window: whole ones were read."""
-        return window
-
 
 @final
 class SFT(LanguageModule):
     """Next-token prediction on conversations; `FinetuneData` says which targets count how much."""
-
-    def context(self, window: int | None) -> int | None:
-        """Return the checkpoint's context where it is larger: short chats take none away."""
-        if window is not None and self.start is not None and self.layers == self.start.layers:
-            return max(window, self.start.trained_context)
-        return window
