@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from lit_longctx import hugging_face, manifest, meta, parameters
+from lit_longctx import hugging_face, manifest, meta, parameters, readers
 from lit_longctx import position as schemes
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.companions import (
@@ -423,6 +423,8 @@ def export_pretrained(
         generation = beside.generation({key: config.get(key) for key in TOKENS})
         (temporary / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
         hugging_face.compare_with_transformers(temporary, llama)
+        for line in readers.check(config):
+            say(f"{folder}: {line}")
     return Path(folder)
 
 

@@ -272,6 +272,8 @@ def layers_of(
             f"kind_of names {len(position.kind_of)} layers; the config has "
             f"{config.num_hidden_layers}"
         )
+    for kind in position.kinds:
+        kind.position.check(config.head_width)
     return position.resolved(source or config)
 
 

@@ -57,12 +57,17 @@ class LongRoPE(Rotary):
         """√(1 + ln s / ln L) as its authors' code has it."""
         return sqrt(1 + log(self.factor) / log(self.known_context)) if self.factor > 1 else 1.0
 
+    def check(self, head_dim: int) -> None:
+        """Raise a ValueError unless there is a divisor for every pair."""
+        for name in ("short_factor", "long_factor"):
+            if len(getattr(self, name)) != head_dim // 2:
+                raise ValueError(
+                    f"{name} must be {head_dim // 2} numbers for head_dim {head_dim}; got "
+                    f"{len(getattr(self, name))}"
+                )
+
     def _divided(self, factors: Sequence[float], head_dim: int) -> Float[Tensor, " freq"]:
-        if len(factors) != head_dim // 2:
-            raise ValueError(
-                f"LongRoPE needs {head_dim // 2} factors for head_dim {head_dim}, "
-                f"got {len(factors)}"
-            )
+        self.check(head_dim)
         return base_frequencies(self.theta, head_dim) / torch.tensor(factors)
 
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:

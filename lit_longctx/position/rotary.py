@@ -136,9 +136,9 @@ class Rotary(PositionScheme):
     @classmethod
     def _rope_values(cls, rope: dict[str, Any], context: int) -> dict[str, Any]:
         original = int(rope.pop(ORIGINAL, context))
-        open_values = {"factor": context / original, "beta_fast": 32.0, "beta_slow": 1.0}
-        if "original_context" not in cls.rope_fields:
-            del open_values["factor"]
+        open_values = {"beta_fast": 32.0, "beta_slow": 1.0}
+        if cls.rope_type in ("yarn", "longrope"):
+            open_values["factor"] = context / max(original, 1)
         found: dict[str, Any] = {}
         for name in cls.rope_fields:
             key = ROPE_KEYS.get(name, name)
@@ -148,6 +148,8 @@ class Rotary(PositionScheme):
                 raise ValueError(f"rope key {key} is missing for rope_type {cls.rope_type}")
             else:
                 value = rope.pop(key, open_values.get(name))
+                if name.startswith("beta_"):
+                    value = value or open_values[name]  # as transformers reads 0
                 found[name] = value if isinstance(value, list) else float(value)
         return found
 

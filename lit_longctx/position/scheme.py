@@ -55,6 +55,10 @@ class PositionScheme(ABC):
     def layer(self, num_heads: int, head_dim: int) -> nn.Module:
         """Return what each block applies, (q, k, code) -> (q, k); has weights only if it learns."""
 
+    def check(self, head_dim: int) -> None:
+        """Raise a ValueError if the scheme cannot serve heads of this width."""
+        assert head_dim > 0
+
     def unset(self) -> list[str]:
         """Return the names of the fields that `resolved` fills in."""
         return [name for name in INHERITED if vars(self).get(name, THETA) is None]

@@ -227,7 +227,7 @@ def test_longrope_leaves_the_first_places_alone():
 
 
 def test_longrope_needs_a_factor_per_pair():
-    with pytest.raises(ValueError, match="needs 32 factors for head_dim 64, got 16"):
+    with pytest.raises(ValueError, match="short_factor must be 32 numbers for head_dim 64; got 16"):
         schemes()["LongRoPE"].frequencies(64)
 
 
