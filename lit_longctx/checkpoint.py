@@ -407,6 +407,8 @@ def export_pretrained(
         ValueError: for a position scheme that Hugging Face cannot represent.
     """
     start: Checkpoint | None = llama.start
+    if start and not start.path.is_dir():
+        say(f"{start.path}, from which the model was loaded, is gone: nothing is taken from there")
     beside = start.companions if start else Companions()
     if isinstance(tokenizer, str | Path):
         beside = replace(beside, given=Path(tokenizer))

@@ -85,14 +85,7 @@ class Companions:
         return {"eos_token_id": None, **own}
 
     def write(self, folder: Path, tokenizer: bool = True) -> None:
-        """Copy the tokenizer, unless told not to, and the chat template into a folder.
-
-        Raises:
-            ValueError: A folder that may hold them is gone, or holds no tokenizer.
-        """
-        for source in (self.start, self.data):
-            if source and not source.is_dir():
-                raise ValueError(f"{source}, from which the model was loaded, is gone")
+        """Copy the tokenizer, unless told not to, and the chat template into a folder."""
         if tokenizer and (found := self.given or self.tokenizer):
             copy_tokenizer(found, folder)
         if self.chat_template:
