@@ -63,7 +63,7 @@ ROPE_KEYS = {"theta": "rope_theta", "original_context": ORIGINAL}
 
 
 def _as_json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return list(value) if isinstance(value, tuple) else float(value)
 
 
 POSITIVE = ("theta", "factor", "short_factor", "long_factor", "beta_fast", "beta_slow")
@@ -113,12 +113,14 @@ class Rotary(PositionScheme):
         """Return `rope_type` and the scheme's fields under Hugging Face's names."""
         if self.rope_type is None:
             return super().to_rope(head_dim)
-        values = {name: _as_json(getattr(self, name)) for name in self.rope_fields}
-        values["theta"] = self.base
-        if "original_context" in values:
-            values["original_context"] = self.known_context
-        named = {ROPE_KEYS.get(name, name): value for name, value in values.items()}
-        return {"rope_type": self.rope_type} | named
+        rope: dict[str, Any] = {"rope_type": self.rope_type}
+        for name in self.rope_fields:
+            if name == "original_context":
+                rope[ORIGINAL] = self.known_context
+            else:
+                value = self.base if name == "theta" else getattr(self, name)
+                rope[ROPE_KEYS.get(name, name)] = _as_json(value)
+        return rope
 
     @classmethod
     def from_rope(cls, rope: dict[str, Any], context: int) -> "Rotary":
