@@ -434,8 +434,10 @@ def context_of(llama: Llama) -> tuple[int, str]:
     """Return the context of a model, and what decides it."""
     if llama.start is not None:
         return llama.start.context_with(llama.layers)
-    reach = llama.layers.reach(0)
-    return reach if reach[0] else (llama.config.max_position_embeddings, "the config's")
+    reach, configured = llama.layers.reach(0), llama.config.max_position_embeddings
+    if any(isinstance(kind.position, schemes.YaRN) for kind in llama.layers.kinds):
+        return reach  # no other fits it; the config's may be no more than the default
+    return max((configured, "the config's"), reach, key=itemgetter(0))
 
 
 def export(

@@ -97,5 +97,19 @@ def test_a_run_that_goes_on_with_its_starts_factor_stretches_no_further(
     )
 
 
+def test_without_a_start_the_config_or_the_reach_says_it(tmp_path: Path):
+    for number, (position, context) in enumerate(
+        (
+            (RoPE(), 8192),
+            (Llama3(factor=8, original_context=512), 8192),
+            (Llama3(factor=8, original_context=2048), 16_384),
+            (YaRN(factor=4, original_context=1024), 4096),
+            (YaRN(factor=4), 32_768),
+        )
+    ):
+        folder = export_pretrained(Llama(SHAPE, position), tmp_path / str(number))
+        assert written(folder) == context
+
+
 def test_a_context_that_is_given_is_taken(start: Path, tmp_path: Path):
     assert written(export_pretrained(load_pretrained(start), tmp_path / "a", context=4096)) == 4096
