@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 
 from lit_longctx.batch import Documents
 
@@ -216,13 +217,19 @@ class SDPA(AttentionBackend):
             out = _sdpa(q, k, v, mask, scale)
         else:
             parts = (q.flatten(0, 1).split(mask.queries), mask.split(k), mask.split(v))
+            stretch = _recomputed_sdpa if mask.views and torch.is_grad_enabled() else _sdpa
             flat = [
-                _sdpa(q[None], k[None], v[None], m, scale)[0]
+                stretch(q[None], k[None], v[None], m, scale)[0]
                 for q, k, v, m in zip(*parts, mask.masks, strict=True)
                 if len(q)
             ]
             out = torch.cat(flat).view(q.shape)
         return out[..., :value_dim]
+
+
+def _recomputed_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Keep neither a mask in floats nor repeated heads for backward: blocks × keys of both."""
+    return checkpoint(_sdpa, q, k, v, mask, scale, use_reentrant=False, preserve_rng_state=False)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
-from math import lcm
+from math import inf, lcm
 from typing import Any, Literal, NamedTuple, final
 
 import torch
@@ -25,11 +25,12 @@ from lit_longctx.keys import Kernel, KeySource, LayerSource, SeenKeys, SeenValue
 from lit_longctx.layers import LayerKind
 
 ContextParallelName = Literal["zigzag", "ulysses"]
+"""How rows are divided: chunks of tokens and gathered keys, or heads for tokens."""
 
 BALANCED = 1.1
 """Work of the busiest process, over the mean, that needs no finer chunks."""
-FINEST = 4
-"""Most pairs of chunks that a process has of each row."""
+FINEST = 8
+"""Most chunks that a process has of each row; every one has its own copy of the keys it sees."""
 
 
 class Share(NamedTuple):
@@ -61,9 +62,9 @@ class ContextParallel(ABC):
     def share(self, batch: Batch) -> Share:
         """Return this process's part of a batch, padded where a row does not divide."""
 
-    def imbalance(self, documents: Documents) -> float:
+    @abstractmethod
+    def imbalance(self, batch: Batch) -> float:
         """Return the attention work of the busiest process over the mean; 1 is perfect."""
-        return 1.0
 
     def join(
         self, x: Shaped[Tensor, "batch local"], columns: Int[Tensor, "processes local"], seq: int
@@ -85,9 +86,7 @@ class ContextParallel(ABC):
             labels=batch.labels[:, mine],
             loss_weights=batch.loss_weights[:, mine],
             position_ids=batch.position_ids[:, mine],
-            documents=documents._replace(
-                ids=ids, token_lengths=batch.documents.lengths()[:, mine]
-            ),
+            documents=documents._replace(ids=ids, token_lengths=batch.documents.lengths()[:, mine]),
         )
 
 
@@ -105,9 +104,10 @@ def context_parallel(
 class Zigzag(ContextParallel):
     """Each process has chunks from both ends of a row, and gathers the others' keys and values.
 
-    Of 2n chunks, process r has numbers r and 2n − 1 − r, which together see as much as any other
-    pair (Llama 3, arXiv:2407.21783, §3.3.2). Where documents make that uneven, rows are cut into
-    2n·2 or 2n·4 chunks and each 2n of them are divided so. Any number of heads will do.
+    Of one document's 2n chunks, each process has one from its beginning and one from its end, which
+    together see as much as any other pair (Llama 3, arXiv:2407.21783, §3.3.2). Where documents make
+    that uneven, chunks are smaller and divided by what they have to see. Any number of heads will
+    do.
 
     Args:
         group: The processes; default: all.
@@ -131,34 +131,51 @@ class Zigzag(ContextParallel):
         whole = GatheredKeys(self, batch.documents, chunks)
         return Share(self._take(batch, columns), whole, columns)
 
-    def imbalance(self, documents: Documents) -> float:
-        """Return the work of the busiest process over the mean."""
-        return _imbalance(documents, self._chunks(documents))
+    def imbalance(self, batch: Batch) -> float:
+        """Count query-key pairs, without windows."""
+        documents = pad_rows(batch, 2 * self.size).documents
+        work = _work(documents)[self._chunks(documents)].sum((1, 2))
+        return float(work.max() / work.mean())
 
     def _chunks(self, documents: Documents) -> Int[Tensor, "processes chunks size"]:
         """Return columns by process and chunk: the coarsest balanced layout, or the best of all."""
         seq, device = documents.ids.shape[1], documents.ids.device
-        found: list[tuple[float, Tensor]] = []
-        pairs = 1
-        while pairs <= FINEST and seq % (2 * self.size * pairs) == 0:
-            row = torch.arange(seq, device=device).view(pairs, 2 * self.size, -1)
-            first, second = row[:, : self.size], row[:, self.size :].flip(1)
-            chunks = torch.stack([first, second], dim=2).movedim(1, 0).flatten(1, 2)
-            found.append((_imbalance(documents, chunks), chunks))
-            if found[-1][0] <= BALANCED:
-                return chunks
-            pairs *= 2
-        return min(found, key=lambda each: each[0])[1]
+        work = _work(documents)
+        best, chunks = inf, torch.empty(0)
+        each = 2
+        while each <= FINEST and seq % (each * self.size) == 0:
+            columns = torch.arange(seq, device=device).view(each * self.size, -1)
+            numbers, busiest = balanced(work[columns].sum(1).tolist(), self.size)
+            if busiest < best:
+                best, chunks = busiest, columns[torch.tensor(numbers, device=device)]
+            if best <= BALANCED:
+                break
+            each *= 2
+        return chunks
 
 
-def _imbalance(documents: Documents, chunks: Int[Tensor, "processes chunks size"]) -> float:
-    """Return the query-key pairs of the busiest process over the mean."""
+def balanced(work: Sequence[float], processes: int) -> tuple[list[list[int]], float]:
+    """Return as many chunks for each process, and the work of the busiest over the mean.
+
+    The chunk of most work that is left goes to the process that has least and may have more: of one
+    document's 2n chunks, numbers r and 2n − 1 − r to the same.
+    """
+    loads, numbers = [0.0] * processes, [[] for _ in range(processes)]
+    for chunk in sorted(range(len(work)), key=lambda i: -work[i]):
+        free = [p for p in range(processes) if len(numbers[p]) < len(work) // processes]
+        least = min(free, key=lambda p: loads[p])
+        numbers[least].append(chunk)
+        loads[least] += work[chunk]
+    return [sorted(each) for each in numbers], max(loads) * processes / sum(loads)
+
+
+def _work(documents: Documents) -> Float[Tensor, " seq"]:
+    """Return how many keys the queries of each column see, without windows, in all rows."""
     boundaries = documents.boundaries.long()
     sizes = boundaries.diff()
     begins = boundaries[:-1].repeat_interleave(sizes, output_size=documents.ids.numel())
     seen = torch.arange(1, begins.numel() + 1, device=begins.device) - begins
-    work = seen.view(documents.ids.shape).sum(0)[chunks].sum((1, 2)).double()
-    return float(work.max() / work.mean())
+    return seen.view(documents.ids.shape).sum(0).double()
 
 
 class Pieces(NamedTuple):
@@ -329,6 +346,10 @@ class Ulysses(ContextParallel):
         columns = torch.arange(seq, device=batch.input_ids.device).view(self.size, -1)
         whole = ExchangedHeads(self, batch.documents)
         return Share(self._take(batch, columns), whole, columns)
+
+    def imbalance(self, batch: Batch) -> float:
+        """Every process attends to whole rows, with as many heads as the others."""
+        return 1.0
 
 
 @final

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -77,11 +78,15 @@ class CLI(LightningCLI):
 
 
 def fill_in_launcher(trainer: Any) -> None:
-    """Take devices and nodes from torchrun where they are left open."""
-    local = os.environ.get("LOCAL_WORLD_SIZE")
-    if local and trainer.devices == "auto":
+    """Take devices and nodes from torchrun, or else from Slurm, where they are left open."""
+    if trainer.devices != "auto":
+        return
+    if local := os.environ.get("LOCAL_WORLD_SIZE"):
         trainer.devices = int(local)
         trainer.num_nodes = int(os.environ["WORLD_SIZE"]) // int(local)
+    elif SLURMEnvironment.detect():
+        trainer.num_nodes = int(os.environ.get("SLURM_NNODES", 1))
+        trainer.devices = int(os.environ["SLURM_NTASKS"]) // trainer.num_nodes
 
 
 def inherit_position(model: Any, given: Any) -> None:

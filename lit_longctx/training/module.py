@@ -15,6 +15,7 @@ from lit_longctx import parameters
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import Batch, Step
 from lit_longctx.checkpoint import Checkpoint, describe, describe_layers, open_checkpoint
+from lit_longctx.context_parallel import ContextParallel
 from lit_longctx.data.interface import DataDescription, TrainingData, describe_data
 from lit_longctx.data.tokenizer import check_tokenizer
 from lit_longctx.evaluation.metrics import LossByPosition
@@ -91,6 +92,8 @@ class LanguageModule(LightningModule, ABC):
         self.seed = seed
         self.memory = memory
         self.memories: list[Memory] = []
+        self.context_parallel: ContextParallel | None = None
+        self._told = False
         self.samples_consumed = 0
         self.llama: Llama | None = None
         self.held_out_loss: LossByPosition | None = None
@@ -115,9 +118,10 @@ class LanguageModule(LightningModule, ABC):
             parallel.apply_compile(llama)
         strategy = self.trainer.strategy
         if isinstance(strategy, parallel.FSDP2Strategy):
-            parallel.apply_sharding(
-                llama, strategy.device_mesh["data_parallel"], self.compute_dtype
-            )
+            if (context := strategy.context) is not None:
+                parallel.apply_context_parallel(llama, context)
+                self.context_parallel = context
+            parallel.apply_sharding(llama, strategy.sharding_mesh, self.compute_dtype)
             strategy.check_model = self._check_resumed
         llama.to_empty(device=strategy.root_device)
         fresh = parameters.fill(llama, self._whole_start(), self.seed)
@@ -138,9 +142,11 @@ class LanguageModule(LightningModule, ABC):
         return whole.path
 
     def _check_data(self) -> None:
-        data = self.data
+        data, strategy = self.data, self.trainer.strategy
         if self.memory and not data.lanes:
             raise ValueError("memory needs rows that walk through documents; set data's lanes true")
+        if self.memory and isinstance(strategy, parallel.FSDP2Strategy) and strategy.context:
+            raise ValueError("a memory needs whole rows; set memory 0, or context_parallel_size 1")
         if self.memory and self.layers.depend_on_length:
             raise ValueError(f"{self.layers} cannot have a memory; set memory 0")
         if data.tokenizer:
@@ -179,6 +185,8 @@ class LanguageModule(LightningModule, ABC):
         assert self.llama is not None
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
+        if self.context_parallel is not None and not self._told:
+            self._tell_balance(self.context_parallel, step)
         settings = self.settings
         self.llama.layers = settings.layers_at(self.global_step)
         found = accumulate_gradients(
@@ -187,6 +195,7 @@ class LanguageModule(LightningModule, ABC):
             self._sources(step),
             self.manual_backward,
             self.gradient_clip,
+            copies=1 if self.context_parallel is None else self.context_parallel.size,
         )
         if not found.is_finite:
             optimizer.zero_grad()
@@ -204,6 +213,15 @@ class LanguageModule(LightningModule, ABC):
             "tokens": float(step.next_token),
         }
         self.log_dict({f"train/{name}": value for name, value in values.items()})
+
+    def _tell_balance(self, context: ContextParallel, step: Step) -> None:
+        """Say how evenly the documents of a first step give the processes attention to do."""
+        self._told = True
+        found = [context.imbalance(batch) for batch in step.micro_batches]
+        rank_zero_only(print)(
+            f"context parallelism: {type(context).__name__.lower()} over {context.size} processes; "
+            f"the busiest does {sum(found) / len(found):.2f} × its share of attention"
+        )
 
     @property
     def data(self) -> DataDescription:

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_longctx.data.interface import describe_data
-from lit_longctx.data.steps import StepData
+from lit_longctx.data.steps import StepData, data_rank
 from lit_longctx.data.tokenizer import open_tokenizer
 from lit_longctx.data.windows import Windows
 from lit_longctx.evaluation.evaluate import haystack
@@ -76,14 +76,15 @@ class Probes(Callback):
         found = torch.zeros(len(units), 2, dtype=torch.float64, device=module.device)
         llama = module.llama
         assert isinstance(llama, Llama)
-        ranks = module.trainer.world_size
+        rank, ranks = data_rank(module.trainer)
         for first in range(0, len(units), ranks):
-            number = first + module.global_rank
+            number = first + rank
             answer = forced(llama, [probe.sample(units[min(number, len(units) - 1)])])[0]
             if number < len(units):
                 found[number] = torch.tensor([float(answer.exact), float(answer.nats.mean())])
         if dist.is_initialized():
             dist.all_reduce(found)
+            found /= dist.get_world_size() // ranks  # which of them found the same
         return found.cpu().numpy()
 
     def _show(self, trainer: Trainer, probe: Probe, scores: np.ndarray) -> None:
