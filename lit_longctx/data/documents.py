@@ -33,6 +33,10 @@ class Unit(NamedTuple):
 
     name: str
     read: Callable[[Faults], Iterator[Any]]
+    bytes: int = 0
+    """Size as it is stored; 0 where that is not known."""
+    plain: bool = False
+    """Whether it is stored as text, neither packed nor a table."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,9 @@ class Reader:
     def documents(
         self, inputs: list[str], faults: Faults, part: int = 0, parts: int = 1
     ) -> Iterator[Document]:
-        """Yield the documents of all inputs, or of one share of their files; see `read_share`."""
-        return read_share(self.units(inputs), faults, part, parts)
+        """Yield the documents of all inputs, or of one share of their files; see `part_of`."""
+        for unit in part_of(self.units(inputs), part, parts):
+            yield from unit.read(faults)
 
     def units(self, inputs: list[str]) -> list[Unit]:
         """Return what is read one after the other: a file, or all repositories of a `code:`."""
@@ -64,7 +69,8 @@ class Reader:
                 continue
             for file in shards(files(name), name):
                 own = names.of(file.name, file.path)
-                units.append(Unit(own, partial(self._file, file, own)))
+                read = partial(self._file, file, own)
+                units.append(Unit(own, read, file.bytes, file.is_plain))
         return units
 
     def _code(self, name: str, mark: str, faults: Faults) -> Iterator[Document]:
@@ -115,15 +121,11 @@ class Reader:
             yield Document(text, name)
 
 
-def read_share(units: Sequence[Unit], faults: Faults, part: int, parts: int) -> Iterator[Document]:
-    """Yield the documents of a share of the units, in a fixed order.
-
-    It is number `part` of `parts`; all shares, one after the other, are the whole.
-    """
+def part_of(units: Sequence[Unit], part: int, parts: int) -> Sequence[Unit]:
+    """Return number `part` of `parts` shares; all, one after the other, are the whole."""
     if parts > len(units):
         raise ValueError(f"{parts} parts are too many for {len(units)} files; use as many")
-    for unit in units[len(units) * part // parts : len(units) * (part + 1) // parts]:
-        yield from unit.read(faults)
+    return units[len(units) * part // parts : len(units) * (part + 1) // parts]
 
 
 def whole_text(file: File, largest: int) -> str | Broken:

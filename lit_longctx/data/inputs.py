@@ -39,6 +39,17 @@ class File:
         """Suffix of what is inside the packing."""
         return PurePosixPath(self.name.removesuffix(self.packing)).suffix
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is stored as text, neither packed nor a table."""
+        return not self.packing and self.kind not in TABLE_SUFFIXES
+
+    @property
+    def bytes(self) -> int:
+        """Size of a file on this machine; 0 for others, and for links to nothing."""
+        here = self.system is None and os.path.exists(self.path)
+        return os.path.getsize(self.path) if here else 0
+
     def open(self) -> BufferedIOBase:
         """Open the file for reading bytes, as they are stored."""
         if self.system is None:

@@ -7,10 +7,10 @@ joined.
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,10 @@ from lit_longctx.data.chat_template import ChatTemplate
 from lit_longctx.data.chunks import BLOCK, SPLITS, SplitWriter
 from lit_longctx.data.conversations import conversation_units, rendered, set_apart_by
 from lit_longctx.data.dependency import DependencyFilter, DependencyScorer
-from lit_longctx.data.documents import Document, Faults, Reader, Unit, read_share
+from lit_longctx.data.documents import Document, Faults, Reader, Unit, part_of
 from lit_longctx.data.encode import encoded
 from lit_longctx.data.interleave import Interleave
+from lit_longctx.data.reading import Reading
 from lit_longctx.data.scale import Executor, in_parts
 from lit_longctx.data.tokenizer import (
     Ids,
@@ -191,13 +192,14 @@ def store_documents(
     scorer = opened_scorer(given.filter, described(coder)) if given.filter else None
     units = given.reader.units(given.inputs)
     excerpts: list[str] = []
-    documents = sampled(read_share(units, faults, given.part, given.parts), excerpts)
-    pairs = encoded(progress(documents), coder, faults)
-    pairs = set_aside(pairs, given.held_out, writers["held_out"])
-    for step in (scorer, given.interleave):
-        pairs = step(pairs) if step else pairs
-    for _, ids in pairs:
-        writers["train"].add(ids)
+    with Reading(part_of(units, given.part, given.parts)) as reading:
+        documents = chain.from_iterable(unit.read(faults) for unit in reading.units)
+        pairs = encoded(sampled(documents, excerpts), coder, faults)
+        pairs = set_aside(pairs, given.held_out, writers["held_out"])
+        for step in (scorer, given.interleave):
+            pairs = step(pairs) if step else pairs
+        for _, ids in pairs:
+            writers["train"].add(ids)
     return Stored(units, round_trip(coder, excerpts), scorer and scorer.report)
 
 
@@ -214,10 +216,11 @@ def store_conversations(
 ) -> Stored:
     """Write conversations; questions on one document are all held out, or none."""
     units = conversation_units(given.inputs, given.reader.largest)
-    for unit in units:
-        for found, tokens in rendered(unit.read(faults), template, faults):
-            split = SPLITS[share_of(set_apart_by(found)) < given.held_out]
-            writers[split].add_conversation(tokens)
+    with Reading(units) as reading:
+        for unit in reading.units:
+            for found, tokens in rendered(unit.read(faults), template, faults):
+                split = SPLITS[share_of(set_apart_by(found)) < given.held_out]
+                writers[split].add_conversation(tokens)
     return Stored(units)
 
 
@@ -300,22 +303,6 @@ def share_of(name: str) -> float:
     """Number in [0, 1) that depends on the name alone."""
     digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def progress(documents: Iterable[Document], every: float = 2.0) -> Iterator[Document]:
-    """Print how far the reading got, every few seconds."""
-    characters = 0
-    begin = last = time.monotonic()
-    for count, document in enumerate(documents, 1):
-        yield document
-        characters += len(document.text)
-        if (now := time.monotonic()) - last > every:
-            last = now
-            read = characters / 1e6
-            print(
-                f"prepare: {count:,} documents, {read:,.1f} M characters, "
-                f"{read / (now - begin):.1f} M/s"
-            )
 
 
 def report(content: dict[str, Any]) -> str:

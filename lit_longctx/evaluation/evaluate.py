@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import lit_longctx
 from lit_longctx.attention import AttnImplementation
-from lit_longctx.checkpoint import Checkpoint, open_checkpoint
+from lit_longctx.checkpoint import Checkpoint
 from lit_longctx.data.chunks import BLOCK
 from lit_longctx.data.conversations import Conversations
 from lit_longctx.data.remote import open_folder
@@ -18,14 +17,17 @@ from lit_longctx.data.storage import ObjectStorage
 from lit_longctx.data.tokenizer import check_tokenizer, open_tokenizer
 from lit_longctx.data.windows import Windows
 from lit_longctx.evaluation.answers import Answers
+from lit_longctx.evaluation.candidates import Candidate, open_candidates
 from lit_longctx.evaluation.grid import Grid, Probe
 from lit_longctx.evaluation.held_out import HeldOutLoss
 from lit_longctx.evaluation.measure import Measure, Section, Unit
 from lit_longctx.evaluation.prompts import Haystack
 from lit_longctx.evaluation.sliding import Slide, SlidingPerplexity
 from lit_longctx.journal import Journal
-from lit_longctx.manifest import identity, write_text
+from lit_longctx.manifest import write_text
 from lit_longctx.model import chosen_device
+from lit_longctx.position import PositionScheme
+from lit_longctx.progress import counted
 
 
 def evaluate(
@@ -37,6 +39,7 @@ def evaluate(
     windows: int = 32,
     sliding: Slide = Slide(),
     grid: Grid = Grid(),
+    positions: list[PositionScheme] = [],  # noqa: B006 - never changed
     attn_implementation: AttnImplementation = "sdpa",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
@@ -58,6 +61,8 @@ def evaluate(
         windows: Rows, or conversations, per source; spread evenly over the held-out split.
         sliding: Windows and documents of `perplexity`.
         grid: Lengths and depths of the probes.
+        positions: Position schemes to measure each checkpoint under, without training, beside its
+            own: names such as YaRN with `init_args`, or class paths.
         attn_implementation: Attention back end.
         dtype: Of weights, keys and values.
         device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
@@ -74,16 +79,16 @@ def evaluate(
     held_out = open_held_out(data, window, whole_windows="loss" in tasks)
     measures = {name: measure_named(name, held_out, windows, sliding, grid) for name in tasks}
     units = [(name, unit) for name, each in measures.items() for unit in each.units()]
-    starts = {folder: open_checkpoint(folder).verified() for folder in checkpoint}
-    for start in starts.values():
+    candidates = open_candidates(checkpoint, positions)
+    for start in {each.folder: each.start for each in candidates.values()}.values():
         check_vocabulary(start, held_out)
     values: dict[str, dict[str, list[Any]]] = {name: {} for name in measures}
     with Journal(Path(output) / "measurements.jsonl") as held:
-        for folder, start in starts.items():
-            found = measure_all(folder, start, measures, units, compute, held)
+        for column, candidate in candidates.items():
+            found = measure_all(column, candidate, measures, units, compute, held)
             for (name, _), value in zip(units, found, strict=True):
-                values[name].setdefault(folder, []).append(value)
-    trained = starts[checkpoint[0]].trained_context
+                values[name].setdefault(column, []).append(value)
+    trained = candidates[checkpoint[0]].start.trained_context
     sections = [each.report(values[name], trained) for name, each in measures.items()]
     result = write(sections, {"trained_context": trained}, Path(output))
     print("\n\n".join(table for section in sections for table in section.tables.values()))
@@ -100,18 +105,17 @@ class Compute(NamedTuple):
 
 
 def measure_all(
-    folder: str,
-    start: Checkpoint,
+    column: str,
+    candidate: Candidate,
     measures: dict[str, Measure],
     units: list[tuple[str, Unit]],
     compute: Compute,
     held: Journal,
 ) -> list[Any]:
-    """Return a checkpoint's value of every unit of every task; compute those not kept yet."""
+    """Return a column's value of every unit of every task; compute those not kept yet."""
     known = {
         "version": lit_longctx.__version__,
-        "checkpoint": folder,
-        "holds": identity(start.path),
+        **candidate.described(),
         "attn_implementation": compute.attn_implementation,
         "dtype": compute.dtype,
         "device": compute.device,
@@ -120,19 +124,26 @@ def measure_all(
     missing = [item for item in items if item[0] not in held]
     if len(missing) < len(items):
         kept = len(items) - len(missing)
-        print(f"{folder}: {kept} of {len(items)} values are in {held.path}")
+        print(f"{column}: {kept} of {len(items)} values are in {held.path}")
     if missing:
         dtype = getattr(torch, compute.dtype)
-        llama = start.load(compute.device, dtype, compute.attn_implementation).eval()
-        for of, name, unit in tqdm(missing, desc=folder, disable=None):
+        llama = candidate.start.load(
+            compute.device, dtype, compute.attn_implementation, candidate.position
+        ).eval()
+        for of, name, unit in counted(missing, column, lambda item: tokens_of(item[2])):
             value = measures[name].measure(llama, unit)
             if without_nan(value) != value:
                 raise ValueError(
-                    f"{folder} gives {name} that is no number at {unit}; leave it out, or set "
+                    f"{column} gives {name} that is no number at {unit}; leave it out, or set "
                     "--dtype float32"
                 )
             held.add(of, value)
     return [held[of] for of, *_ in items]
+
+
+def tokens_of(unit: Unit) -> float:
+    """Tokens that a unit reads: what it costs, beside others."""
+    return next((unit[name] for name in ("length", "tokens", "window") if name in unit), 1)
 
 
 class HeldOut(NamedTuple):

@@ -95,6 +95,7 @@ class LanguageModule(LightningModule, ABC):
         self.context_parallel: ContextParallel | None = None
         self._told = False
         self.samples_consumed = 0
+        self.loaded_step = 0
         self.llama: Llama | None = None
         self.held_out_loss: LossByPosition | None = None
 
@@ -109,6 +110,8 @@ class LanguageModule(LightningModule, ABC):
         if self.llama is not None:
             return
         self._check_data()
+        if self.trainer.state.fn == "fit" and self.trainer.max_steps > 0:
+            self.settings.check(self.trainer.max_steps)
         with torch.device("meta"):
             llama = Llama(self.config, self.layers, self.attn_implementation)
         parallel.apply_recompute(llama)
@@ -213,6 +216,16 @@ class LanguageModule(LightningModule, ABC):
             "tokens": float(step.next_token),
         }
         self.log_dict({f"train/{name}": value for name, value in values.items()})
+        self._log_step()
+
+    @property
+    def trained_steps(self) -> int:
+        """Updates that made the weights; of a checkpoint that is only measured, its own."""
+        return self.global_step or self.loaded_step
+
+    def _log_step(self) -> None:
+        """Have loggers count steps as the console does; Lightning would count from 0, by epoch."""
+        self.log("step", float(self.trained_steps))
 
     def _tell_balance(self, context: ContextParallel, step: Step) -> None:
         """Say how evenly the documents of a first step give the processes attention to do."""
@@ -288,6 +301,7 @@ class LanguageModule(LightningModule, ABC):
     def _log_held_out(self, prefix: str) -> None:
         assert self.held_out_loss is not None
         self.log_dict(self.held_out_loss.scalars(prefix), sync_dist=False)
+        self._log_step()
         self.held_out_loss = None
 
     # ---- checkpoints
@@ -314,7 +328,7 @@ class LanguageModule(LightningModule, ABC):
         """Take up the count of samples, and the layers of the last step that was trained."""
         assert self.llama is not None
         self._count(checkpoint["samples_consumed"])
-        step = checkpoint["global_step"]
+        self.loaded_step = step = checkpoint["global_step"]
         stored, ours = checkpoint.get("stages"), self.data.stages_until(step)
         if self.trainer.state.fn == "fit" and stored != ours:
             raise ValueError(
