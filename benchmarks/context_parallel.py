@@ -1,4 +1,4 @@
-"""Memory of one process when a row is spread over several: peak of a training step, less what stands.
+"""Memory of a process where several share a row: peak of a training step over what stands.
 
     python benchmarks/context_parallel.py                    # the table: 1, 2, 4 processes
     python benchmarks/context_parallel.py --figure OUT.png   # and a figure of it
@@ -18,11 +18,14 @@ import torch.distributed as dist
 from train_step import SHAPE, fill, peak, reset_peak, resident, window
 
 from lit_longctx.batch import Batch, pack
-from lit_longctx.context_parallel import ContextParallelName, context_parallel
+from lit_longctx.context_parallel import (
+    ContextParallelName,
+    apply_context_parallel,
+    context_parallel,
+)
 from lit_longctx.model import Llama, LlamaConfig, initial_weight
 from lit_longctx.position import RoPE
-from lit_longctx.training.parallel import apply_context_parallel, apply_recompute
-
+from lit_longctx.training.parallel import apply_recompute
 
 SMALL_HEAD: dict[str, Any] = {**SHAPE, "vocab_size": 2048}
 """The head's buffers do not depend on the number of tokens."""

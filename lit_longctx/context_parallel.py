@@ -7,7 +7,8 @@ cost and give what they do on one process.
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from math import inf, lcm
 from typing import Any, Literal, NamedTuple, final
@@ -21,8 +22,9 @@ from torch.distributed import ProcessGroup
 
 from lit_longctx.attention import AttentionBackend, Heads, KVHeads, Values
 from lit_longctx.batch import Batch, Documents, documents_from_starts, pad_rows
-from lit_longctx.keys import Kernel, KeySource, LayerSource, SeenKeys, SeenValues, View
+from lit_longctx.keys import OWN, Kernel, KeySource, LayerSource, SeenKeys, SeenValues, View
 from lit_longctx.layers import LayerKind
+from lit_longctx.model import Llama
 
 ContextParallelName = Literal["zigzag", "ulysses"]
 """How rows are divided: chunks of tokens and gathered keys, or heads for tokens."""
@@ -97,6 +99,32 @@ def context_parallel(
     return Zigzag(group, kv_heads_at_once) if name == "zigzag" else Ulysses(group)
 
 
+def apply_context_parallel(llama: Llama, context: ContextParallel) -> None:
+    """Let every door take whole rows, compute this process's tokens, and return whole rows again.
+
+    All processes of the group must be given the same batch. Nats come back without gradient; the
+    loss is that of this process's tokens. Decoding stays as it is: each process by itself.
+    """
+    context.check(llama.config.num_attention_heads)
+    for door in ("forward", "loss", "hits"):
+        setattr(llama, door, partial(_shared, getattr(llama, door), context))
+
+
+def _shared(
+    door: Callable[..., Any], context: ContextParallel, batch: Batch, source: KeySource = OWN
+) -> Any:
+    """Call a door with this process's share; join what it finds of each token."""
+    assert source is OWN, "context parallelism brings its own source of keys"
+    seq = batch.labels.shape[1]
+    share = context.share(batch)
+    found = door(share.batch, share.source)
+
+    def joined(x: Tensor) -> Tensor:
+        return context.join(x.detach(), share.columns, seq) if x.ndim == 2 else x
+
+    return joined(found) if isinstance(found, Tensor) else tuple(joined(each) for each in found)
+
+
 # ---- keys and values gathered
 
 
@@ -126,7 +154,7 @@ class Zigzag(ContextParallel):
     def share(self, batch: Batch) -> Share:
         """Give this process its chunks of each row."""
         batch = pad_rows(batch, 2 * self.size)
-        chunks = self._chunks(batch.documents)
+        chunks = chunks_of(batch.documents, self.size)
         columns = chunks.flatten(1)
         whole = GatheredKeys(self, batch.documents, chunks)
         return Share(self._take(batch, columns), whole, columns)
@@ -134,24 +162,30 @@ class Zigzag(ContextParallel):
     def imbalance(self, batch: Batch) -> float:
         """Count query-key pairs, without windows."""
         documents = pad_rows(batch, 2 * self.size).documents
-        work = _work(documents)[self._chunks(documents)].sum((1, 2))
-        return float(work.max() / work.mean())
+        return imbalance(documents, chunks_of(documents, self.size))
 
-    def _chunks(self, documents: Documents) -> Int[Tensor, "processes chunks size"]:
-        """Return columns by process and chunk: the coarsest balanced layout, or the best of all."""
-        seq, device = documents.ids.shape[1], documents.ids.device
-        work = _work(documents)
-        best, chunks = inf, torch.empty(0)
-        each = 2
-        while each <= FINEST and seq % (each * self.size) == 0:
-            columns = torch.arange(seq, device=device).view(each * self.size, -1)
-            numbers, busiest = balanced(work[columns].sum(1).tolist(), self.size)
-            if busiest < best:
-                best, chunks = busiest, columns[torch.tensor(numbers, device=device)]
-            if best <= BALANCED:
-                break
-            each *= 2
-        return chunks
+
+def chunks_of(documents: Documents, processes: int) -> Int[Tensor, "processes chunks size"]:
+    """Return columns by process and chunk: the coarsest balanced layout, or the best of all."""
+    seq, device = documents.ids.shape[1], documents.ids.device
+    work = _work(documents)
+    best, chunks = inf, torch.empty(0)
+    each = 2
+    while each <= FINEST and seq % (each * processes) == 0:
+        columns = torch.arange(seq, device=device).view(each * processes, -1)
+        numbers, busiest = balanced(work[columns].sum(1).tolist(), processes)
+        if busiest < best:
+            best, chunks = busiest, columns[torch.tensor(numbers, device=device)]
+        if best <= BALANCED:
+            break
+        each *= 2
+    return chunks
+
+
+def imbalance(documents: Documents, chunks: Int[Tensor, "processes chunks size"]) -> float:
+    """Return the attention work of the busiest process over the mean; 1 is perfect."""
+    work = _work(documents)[chunks].sum((1, 2))
+    return float(work.max() / work.mean())
 
 
 def balanced(work: Sequence[float], processes: int) -> tuple[list[list[int]], float]:
@@ -406,7 +440,8 @@ class ExchangedLayer(LayerSource):
         """Attend to whole rows with this process's heads."""
         repeats = lcm(k.shape[2], self.context.size) // k.shape[2]
         k, v = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (k, v))
-        out = kernel(*(self._heads_for_tokens(x) for x in (q, k, v)), mask)
+        q, k, v = (self._heads_for_tokens(x) for x in (q, k, v))
+        out = kernel(q, k, v, mask)
         return self._tokens_for_heads(out)
 
     def _heads_for_tokens(self, x: Heads) -> Float[Tensor, "batch seq own_heads head_dim"]:
@@ -422,7 +457,7 @@ class ExchangedLayer(LayerSource):
 
 
 class _Gather(torch.autograd.Function):
-    """Every process's tensor, stacked; gradients are added in float32, in the order of processes."""
+    """Every process's tensor, stacked; gradients are added in float32, in their order."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -430,7 +465,8 @@ class _Gather(torch.autograd.Function):
         return _gather(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
         return _exchange(grad, ctx.group).sum(0, dtype=torch.float32).to(grad.dtype), None
 
 
@@ -443,8 +479,8 @@ class _Exchange(torch.autograd.Function):
         return _exchange(parts, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _exchange(grad, ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _exchange(grads[0], ctx.group), None
 
 
 def _gather(x: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -1,6 +1,7 @@
 """`lit_longctx evaluate`: the same tokens and prompts for every checkpoint, side by side."""
 
 import json
+from contextlib import nullcontext
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,6 +11,7 @@ import torch
 import lit_longctx
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.checkpoint import Checkpoint
+from lit_longctx.context_parallel import ContextParallelName, apply_context_parallel
 from lit_longctx.data.chunks import BLOCK
 from lit_longctx.data.conversations import Conversations
 from lit_longctx.data.remote import open_folder
@@ -21,6 +23,7 @@ from lit_longctx.evaluation.candidates import Candidate, open_candidates
 from lit_longctx.evaluation.grid import Grid, Probe
 from lit_longctx.evaluation.held_out import HeldOutLoss
 from lit_longctx.evaluation.measure import Measure, Section, Unit
+from lit_longctx.evaluation.processes import Processes, started_processes
 from lit_longctx.evaluation.prompts import Haystack
 from lit_longctx.evaluation.sliding import Slide, SlidingPerplexity
 from lit_longctx.journal import Journal
@@ -43,6 +46,8 @@ def evaluate(
     attn_implementation: AttnImplementation = "sdpa",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
+    context_parallel_size: int = 1,
+    context_parallel: ContextParallelName = "zigzag",
 ) -> dict[str, Any]:
     """Measure checkpoints side by side; of several the first is the yardstick.
 
@@ -66,34 +71,37 @@ def evaluate(
         attn_implementation: Attention back end.
         dtype: Of weights, keys and values.
         device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
+        context_parallel_size: Of the processes that torchrun started, how many share each row; the
+            others measure other units. Generated answers are written by every process of a group.
+        context_parallel: `zigzag` or `ulysses`.
 
     Returns:
-        What results.json holds.
+        What results.json holds; nothing on the processes after the first.
     """
     for name, given in (("checkpoint", checkpoint), ("data", data), ("tasks", tasks)):
         if not given:
             raise ValueError(f"expected one {name} or more; got none")
     if windows < 1:
         raise ValueError(f"windows must be 1 or more; got {windows}")
-    compute = Compute(chosen_device(device), dtype, attn_implementation)
-    held_out = open_held_out(data, window, whole_windows="loss" in tasks)
-    measures = {name: measure_named(name, held_out, windows, sliding, grid) for name in tasks}
-    units = [(name, unit) for name, each in measures.items() for unit in each.units()]
-    candidates = open_candidates(checkpoint, positions)
-    for start in {each.folder: each.start for each in candidates.values()}.values():
-        check_vocabulary(start, held_out)
-    values: dict[str, dict[str, list[Any]]] = {name: {} for name in measures}
-    with Journal(Path(output) / "measurements.jsonl") as held:
-        for column, candidate in candidates.items():
-            found = measure_all(column, candidate, measures, units, compute, held)
-            for (name, _), value in zip(units, found, strict=True):
-                values[name].setdefault(column, []).append(value)
-    trained = candidates[checkpoint[0]].start.trained_context
-    sections = [each.report(values[name], trained) for name, each in measures.items()]
-    result = write(sections, {"trained_context": trained}, Path(output))
-    print("\n\n".join(table for section in sections for table in section.tables.values()))
-    print(f"wrote {output}/results.json, tables and figures")
-    return result
+    with started_processes(chosen_device(device), context_parallel_size, context_parallel) as (
+        processes,
+        place,
+    ):
+        held_out = open_held_out(data, window, whole_windows="loss" in tasks)
+        measures = {name: measure_named(name, held_out, windows, sliding, grid) for name in tasks}
+        candidates = open_candidates(checkpoint, positions)
+        for start in {each.folder: each.start for each in candidates.values()}.values():
+            check_vocabulary(start, held_out)
+        compute = Compute(place, dtype, attn_implementation, processes)
+        values = measure_candidates(candidates, measures, compute, Path(output))
+        if not processes.first:
+            return {}
+        trained = candidates[checkpoint[0]].start.trained_context
+        sections = [each.report(values[name], trained) for name, each in measures.items()]
+        result = write(sections, {"trained_context": trained}, Path(output))
+        print("\n\n".join(table for section in sections for table in section.tables.values()))
+        print(f"wrote {output}/results.json, tables and figures")
+        return result
 
 
 class Compute(NamedTuple):
@@ -102,6 +110,23 @@ class Compute(NamedTuple):
     device: str
     dtype: str
     attn_implementation: AttnImplementation
+    processes: Processes = Processes()
+
+
+def measure_candidates(
+    candidates: dict[str, Candidate], measures: dict[str, Measure], compute: Compute, output: Path
+) -> dict[str, dict[str, list[Any]]]:
+    """Return values by task and column, in the order of units; the first process keeps them."""
+    units = [(name, unit) for name, each in measures.items() for unit in each.units()]
+    values: dict[str, dict[str, list[Any]]] = {name: {} for name in measures}
+    with (
+        Journal(output / "measurements.jsonl") if compute.processes.first else nullcontext() as held
+    ):
+        for column, candidate in candidates.items():
+            found = measure_all(column, candidate, measures, units, compute, held)
+            for (name, _), value in zip(units, found, strict=True):
+                values[name].setdefault(column, []).append(value)
+    return values
 
 
 def measure_all(
@@ -110,35 +135,49 @@ def measure_all(
     measures: dict[str, Measure],
     units: list[tuple[str, Unit]],
     compute: Compute,
-    held: Journal,
+    held: Journal | None,
 ) -> list[Any]:
     """Return a column's value of every unit of every task; compute those not kept yet."""
+    processes = compute.processes
     known = {
         "version": lit_longctx.__version__,
         **candidate.described(),
         "attn_implementation": compute.attn_implementation,
         "dtype": compute.dtype,
-        "device": compute.device,
+        "device": torch.device(compute.device).type,
     }
     items = [({**known, "task": name, **unit}, name, unit) for name, unit in units]
-    missing = [item for item in items if item[0] not in held]
-    if len(missing) < len(items):
+    missing = [i for i, item in enumerate(items) if held is not None and item[0] not in held]
+    missing = processes.from_first(missing)
+    if held is not None and len(missing) < len(items):
         kept = len(items) - len(missing)
         print(f"{column}: {kept} of {len(items)} values are in {held.path}")
     if missing:
-        dtype = getattr(torch, compute.dtype)
         llama = candidate.start.load(
-            compute.device, dtype, compute.attn_implementation, candidate.position
+            compute.device,
+            getattr(torch, compute.dtype),
+            compute.attn_implementation,
+            candidate.position,
         ).eval()
-        for of, name, unit in counted(missing, column, lambda item: tokens_of(item[2])):
-            value = measures[name].measure(llama, unit)
-            if without_nan(value) != value:
-                raise ValueError(
-                    f"{column} gives {name} that is no number at {unit}; leave it out, or set "
-                    "--dtype float32"
-                )
-            held.add(of, value)
-    return [held[of] for of, *_ in items]
+        if processes.context is not None:
+            apply_context_parallel(llama, processes.context)
+        rounds = processes.rounds(missing)
+        for numbers in counted(rounds, column, lambda each: tokens_of(items[each[0]][2])):
+            value = None
+            if processes.group < len(numbers):
+                _, name, unit = items[numbers[processes.group]]
+                value = measures[name].measure(llama, unit)
+            found = processes.from_groups(value)
+            for number, each in zip(numbers, found, strict=False):  # fewer in the last round
+                of, name, unit = items[number]
+                if without_nan(each) != each:
+                    raise ValueError(
+                        f"{column} gives {name} that is no number at {unit}; leave it out, or set "
+                        "--dtype float32"
+                    )
+                if held is not None:
+                    held.add(of, each)
+    return [None if held is None else held[of] for of, *_ in items]
 
 
 def tokens_of(unit: Unit) -> float:

@@ -98,7 +98,8 @@ class ProgressLine(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Step, i: int
     ) -> None:
         """Count the step's tokens; print and log when it is time."""
-        self.tokens += sum(b.input_ids.numel() for b in batch.micro_batches)
+        copies = module.copies if isinstance(module, LanguageModule) else 1
+        self.tokens += sum(b.input_ids.numel() for b in batch.micro_batches) / copies
         self._begin("", 0)
         step, now = trainer.global_step, time.monotonic()
         self._set_clock(step)

@@ -15,7 +15,7 @@ from lit_longctx import parameters
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import Batch, Step
 from lit_longctx.checkpoint import Checkpoint, describe, describe_layers, open_checkpoint
-from lit_longctx.context_parallel import ContextParallel
+from lit_longctx.context_parallel import ContextParallel, apply_context_parallel
 from lit_longctx.data.interface import DataDescription, TrainingData, describe_data
 from lit_longctx.data.tokenizer import check_tokenizer
 from lit_longctx.evaluation.metrics import LossByPosition
@@ -122,7 +122,7 @@ class LanguageModule(LightningModule, ABC):
         strategy = self.trainer.strategy
         if isinstance(strategy, parallel.FSDP2Strategy):
             if (context := strategy.context) is not None:
-                parallel.apply_context_parallel(llama, context)
+                apply_context_parallel(llama, context)
                 self.context_parallel = context
             parallel.apply_sharding(llama, strategy.sharding_mesh, self.compute_dtype)
             strategy.check_model = self._check_resumed
@@ -198,7 +198,7 @@ class LanguageModule(LightningModule, ABC):
             self._sources(step),
             self.manual_backward,
             self.gradient_clip,
-            copies=1 if self.context_parallel is None else self.context_parallel.size,
+            copies=self.copies,
         )
         if not found.is_finite:
             optimizer.zero_grad()
@@ -235,6 +235,11 @@ class LanguageModule(LightningModule, ABC):
             f"context parallelism: {type(context).__name__.lower()} over {context.size} processes; "
             f"the busiest does {sum(found) / len(found):.2f} × its share of attention"
         )
+
+    @property
+    def copies(self) -> int:
+        """Processes that have the same rows as this one, itself among them."""
+        return 1 if self.context_parallel is None else self.context_parallel.size
 
     @property
     def data(self) -> DataDescription:

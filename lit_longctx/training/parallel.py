@@ -1,4 +1,4 @@
-"""How a Llama is spread over processes: FSDP2, context parallelism, and checkpoints that are whole or refused."""
+"""How a Llama is spread over processes, and its checkpoints, which are whole or refused."""
 
 import json
 import shutil
@@ -23,7 +23,6 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint
 
 from lit_longctx import manifest
-from lit_longctx.batch import Batch
 from lit_longctx.checkpoint import (
     MODEL,
     Checkpoint,
@@ -33,7 +32,6 @@ from lit_longctx.checkpoint import (
     steps_of,
 )
 from lit_longctx.context_parallel import ContextParallel, ContextParallelName, context_parallel
-from lit_longctx.keys import OWN, KeySource
 from lit_longctx.model import MLP, Llama
 
 
@@ -51,32 +49,6 @@ def apply_sharding(llama: Llama, mesh: DeviceMesh, compute: torch.dtype) -> None
     fully_shard(llama, mesh=mesh, mp_policy=policy)
     for door in ("loss", "hits", "logits"):
         register_fsdp_forward_method(llama, door)
-
-
-def apply_context_parallel(llama: Llama, context: ContextParallel) -> None:
-    """Let every door take whole rows, compute this process's tokens, and return whole rows again.
-
-    All processes of the group must be given the same batch. Nats come back without gradient; the
-    loss is that of this process's tokens. Decoding stays as it is: each process by itself.
-    """
-    context.check(llama.config.num_attention_heads)
-    for door in ("forward", "loss", "hits"):
-        setattr(llama, door, partial(_shared, getattr(llama, door), context))
-
-
-def _shared(
-    door: Callable[..., Any], context: ContextParallel, batch: Batch, source: KeySource = OWN
-) -> Any:
-    """Call a door with this process's share; join what it finds of each token."""
-    assert source is OWN, "context parallelism brings its own source of keys"
-    seq = batch.labels.shape[1]
-    share = context.share(batch)
-    found = door(share.batch, share.source)
-
-    def joined(x: Tensor) -> Tensor:
-        return context.join(x.detach(), share.columns, seq) if x.ndim == 2 else x
-
-    return joined(found) if isinstance(found, Tensor) else tuple(joined(each) for each in found)
 
 
 def apply_activation_checkpointing(llama: Llama) -> None:

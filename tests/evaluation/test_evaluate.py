@@ -333,3 +333,42 @@ def test_sliding_perplexity_of_whole_documents(
     assert (tmp_path / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"no held-out document of short has 4096 tokens; .* has"):
         evaluate([folder], data[:1], str(tmp_path), ["perplexity"], device="cpu")
+
+
+def spread(ranks: int, result: tuple[dict[str, Any], Path], data: list[str], *more: Any) -> None:
+    """Measure again on several processes, and compare with what one found."""
+    expected, output = result
+    output = output.with_name(f"on {ranks}")
+    options = ["--device", "cpu", "--window", WINDOW, "--windows", WINDOWS]
+    options += ["--checkpoint", json.dumps(list(expected["loss"])), "--data", json.dumps(data)]
+    options += ["--output", output, "--context_parallel_size", 2, *more]
+    runs.run("evaluate", *options, ranks=ranks).succeeded()
+    found = json.loads((output / "results.json").read_text())
+    for name, losses in expected["loss"].items():
+        assert runs.largest_difference(found["loss"][name], losses) <= 2e-6
+
+
+def test_processes_share_rows(result: tuple[dict[str, Any], Path], data: list[str]):
+    spread(2, result, data)
+
+
+@pytest.mark.slow
+def test_groups_of_processes_take_units_of_their_own(
+    result: tuple[dict[str, Any], Path], data: list[str]
+):
+    probes = [
+        "--tasks",
+        '["loss", "needle"]',
+        "--grid.lengths",
+        "[384]",
+        "--grid.answers",
+        "forced",
+    ]
+    spread(4, result, data, "--context_parallel", "ulysses", *probes)
+
+
+def test_processes_that_do_not_divide_are_refused(
+    result: tuple[dict[str, Any], Path], data: list[str], tmp_path: Path
+):
+    with pytest.raises(ValueError, match="1 processes do not divide by context_parallel_size 2"):
+        evaluate(list(result[0]["loss"]), data, str(tmp_path), context_parallel_size=2)

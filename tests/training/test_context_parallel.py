@@ -15,7 +15,7 @@ from training import runs
 
 from lit_longctx.batch import Batch, pack
 from lit_longctx.checkpoint import load_pretrained
-from lit_longctx.context_parallel import context_parallel
+from lit_longctx.context_parallel import apply_context_parallel, balanced, context_parallel
 from lit_longctx.layers import LayerKind, Layers
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import DynamicNTK, LongRoPE, RoPE, TransformerXL, XPos, YaRN
@@ -125,7 +125,7 @@ def compare(case: Case) -> None:
     loss, nats = plain.loss(batch)
     loss.backward()
     at_once = 1 if layout == "packed" else None
-    parallel.apply_context_parallel(spread, context_parallel(name, None, at_once))
+    apply_context_parallel(spread, context_parallel(name, None, at_once))
     part, found = spread.loss(batch)
     part.backward()
     total = part.detach().clone()
@@ -173,7 +173,7 @@ def under_everything(rank: int) -> None:
         parallel.apply_recompute(spread)
         parallel.apply_activation_checkpointing(spread)
         parallel.apply_compile(spread)
-        parallel.apply_context_parallel(spread, context_parallel(name, None))
+        apply_context_parallel(spread, context_parallel(name, None))
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         parallel.apply_sharding(spread, mesh, torch.float32)
         spread.loss(batch)[0].backward()
@@ -221,6 +221,50 @@ def test_two_processes_share_every_kind_of_row():
 @pytest.mark.parametrize("world", [3, 4, 8])
 def test_more_processes_share_rows_as_one_would_have_them(world: int):
     launch(world, jobs(every_pair()))
+
+
+# ---- a model of real size
+
+
+def as_transformers(name: str) -> None:
+    """Compare nats of SmolLM2's shape, random weights, with those of transformers' logits."""
+    import transformers
+
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    shape |= {"vocab_size": 2048, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config = transformers.LlamaConfig(**shape, tie_word_embeddings=True, rms_norm_eps=1e-5)
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    ours = Llama(LlamaConfig(**shape, tie_word_embeddings=True, rms_norm_eps=1e-5), RoPE())
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    apply_context_parallel(ours, context_parallel(name, None))
+    tokens = torch.randint(3, 2048, (1, 385), generator=torch.Generator().manual_seed(1))
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[0, [130, 131]] = True
+    batch = pack(tokens, bos=1, starts=starts)
+    with torch.no_grad():
+        nats = ours(batch)[0]
+        for begin, end in ((0, 130), (131, 384)):
+            logits = theirs(tokens[:, begin:end]).logits[0]
+            expected = torch.nn.functional.cross_entropy(
+                logits, batch.labels[0, begin:end], reduction="none", ignore_index=-100
+            )
+            torch.testing.assert_close(nats[begin:end], expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_three_processes_give_the_nats_of_transformers():
+    launch(3, [(as_transformers, name) for name in NAMES])
+
+
+def test_chunks_are_divided_by_what_they_have_to_see():
+    for processes in (2, 3, 8):
+        whole = [2 * i + 1.0 for i in range(2 * processes)]  # one document
+        numbers, busiest = balanced(whole, processes)
+        assert sorted(numbers) == [[r, 2 * processes - 1 - r] for r in range(processes)]
+        assert busiest == 1
+    half = [float(i + 1) for i in range(8)] + [1.0] * 8  # one document, then many short ones
+    assert balanced(half, 4)[1] <= 1.1 < balanced(half[:4] + [1.0] * 4, 4)[1]
 
 
 # ---- training
