@@ -2,8 +2,8 @@
 
     python benchmarks/context_balance.py
 
-Rows of 131,072 tokens; 20 of each kind. Two fixed chunks a process, as for one document, beside what
-zigzag chooses by the documents.
+Rows of 131,072 tokens; 20 of each kind. Two fixed chunks a process, as for one document, beside
+what zigzag chooses by the documents.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from lit_longctx.batch import Documents, documents_from_starts
-from lit_longctx.context_parallel import chunks_of, imbalance
+from lit_longctx.context_parallel.balance import chunks_of, imbalance
 
 TOKENS = 131_072
 LENGTHS: dict[str, Callable[[], torch.Tensor]] = {
