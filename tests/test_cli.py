@@ -426,6 +426,7 @@ def test_a_checkpoint_measured_alone_gives_what_fit_logged(verb: str, prefix: st
     for name in held_out:
         ((step, value),) = found[f"{prefix}/{name.removeprefix('val/')}"]
         assert (step, value) == (20, dict(logged[name])[20])
+    assert f"step 20  held-out loss {dict(logged['val/loss'])[20]:.4f}" in ran.out
 
 
 def test_there_is_nothing_to_validate_in_an_empty_run_folder(tmp_path: Path):

@@ -162,14 +162,20 @@ class ProgressLine(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Print the held-out loss; its time does not count as the training's speed."""
-        self._begin("", 0)
-        assert isinstance(module, LanguageModule)
-        if self.heartbeat and "val/loss" in trainer.callback_metrics:
-            loss = float(trainer.callback_metrics["val/loss"])
-            self.heartbeat.say(f"step {module.trained_steps}  held-out loss {loss:.4f}")
+        self._say_held_out(module, "val/loss")
         if hasattr(self, "last"):
             self._restart()
             self.fetched = self.ended = time.monotonic()
+
+    def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Print the held-out loss."""
+        self._say_held_out(module, "test/loss")
+
+    def _say_held_out(self, module: LightningModule, name: str) -> None:
+        self._begin("", 0)
+        assert isinstance(module, LanguageModule)
+        if self.heartbeat and (loss := module.trainer.callback_metrics.get(name)) is not None:
+            self.heartbeat.say(f"step {module.trained_steps}  held-out loss {float(loss):.4f}")
 
 
 def never_validated(trainer: Trainer) -> str | None:

@@ -15,6 +15,7 @@ from lit_longctx.evaluation.grid import Grid, Probe
 from lit_longctx.evaluation.probes import forced
 from lit_longctx.evaluation.prompts import Haystack
 from lit_longctx.model import Llama
+from lit_longctx.training.module import LanguageModule
 
 
 class Probes(Callback):
@@ -68,7 +69,7 @@ class Probes(Callback):
                 module.log(f"probe/{name}/{length}", float(score))
                 module.log(f"probe/{name}_nats/{length}", float(loss))
             if trainer.is_global_zero:
-                self._show(trainer, probe, scores)
+                self._show(module, probe, scores)
 
     def _answers(self, probe: Probe, name: str, module: LightningModule) -> np.ndarray:
         """Return hit and mean nats of each unit; every process runs the model as often."""
@@ -87,12 +88,13 @@ class Probes(Callback):
             found /= dist.get_world_size() // ranks  # which of them found the same
         return found.cpu().numpy()
 
-    def _show(self, trainer: Trainer, probe: Probe, scores: np.ndarray) -> None:
-        name = probe.name
+    def _show(self, module: LightningModule, probe: Probe, scores: np.ndarray) -> None:
+        assert isinstance(module, LanguageModule)
+        name, step = probe.name, module.trained_steps
         means = zip(self.grid.lengths, scores.mean(1), strict=True)
         each = ", ".join(f"{mean:.2f} at {length:,}" for length, mean in means)
-        print(f"step {trainer.global_step}  {name} {each}", flush=True)
+        print(f"step {step}  {name} {each}", flush=True)
         figure = probe.draw({name: scores.tolist()})
-        for logger in trainer.loggers:
+        for logger in module.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure(f"probe/{name}", figure, trainer.global_step)
+                logger.experiment.add_figure(f"probe/{name}", figure, step)
