@@ -30,7 +30,7 @@ class Piece(NamedTuple):
     text: str
     kind: str
     """`template`, `special` (one token of the template's, by its mark), `answer`, `document` or
-    `asked` (whatever else is said)."""
+    `asked` (whatever else is said, such as answers not to learn)."""
 
 
 @final
@@ -66,7 +66,7 @@ class ChatTemplate:
     def render(self, conversation: Conversation) -> Rendered:
         """Return a conversation's ids, with BOS in front if the template writes none.
 
-        An answer is the message, the whitespace that the template puts between the prompt for
+        An answer, if it is one to learn, is the message, the whitespace that the template puts between the prompt for
         generation and it, and the next special token, by which the model learns to stop. Where
         there is none before the next message, it is the message alone; at the end EOS is added. A
         token belongs to where its first character is that is no space. Within a conversation the
@@ -120,7 +120,7 @@ class ChatTemplate:
         return said
 
     def _text(self, messages: Sequence[Message], generation: bool = False) -> str:
-        said = [message._asdict() for message in messages]
+        said = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self._template.render(
                 messages=said, add_generation_prompt=generation, **self.variables
@@ -165,17 +165,19 @@ class ChatTemplate:
     def _pieces(self, conversation: Conversation) -> list[Piece]:
         pieces: list[Piece] = []
         messages = conversation.messages
+        asked = next((i for i, message in enumerate(messages) if message.role == "user"), None)
         if any("\0" in message.content for message in messages):
             raise Malformed("NUL in text")
         for text, number in self._filled(messages):
             if number is None:
                 pieces += self._template_pieces(text)
-            elif messages[number].role == "assistant":
+            elif messages[number].role == "assistant" and messages[number].learnt:
                 pieces += led(pieces, self._lead), Piece(text, "answer")
             else:
-                document = 0 if number else conversation.document - messages[0].content.index(text)
-                pieces.append(Piece(text[: max(document, 0)], "document"))
-                pieces.append(Piece(text[max(document, 0) :], "asked"))
+                long = conversation.document if number == asked else 0
+                document = max(0, long - messages[number].content.index(text))
+                pieces.append(Piece(text[:document], "document"))
+                pieces.append(Piece(text[document:], "asked"))
         return [piece for piece in pieces if piece.text]
 
     def _template_pieces(self, words: str) -> Iterator[Piece]:

@@ -8,7 +8,7 @@ import re
 import sysconfig
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,9 @@ class Reader:
     """Field of a row (jsonl, parquet, Arrow) that holds the text."""
     id_field: str = "id"
     """Field that names the row; default for rows without it: file, below the input, and number."""
+    labels: list[str] = field(default_factory=list)
+    """Fields of conversations that change nothing of what is said, such as a rating, besides usual
+    ones such as source and category; a row with a field that is not read is refused."""
     largest: int = 2**28
     """Bytes a single document may have, as its line or file. Memory: twice that for ASCII, four
     times with characters such as curly quotes, eight with emoji (Python's 1, 2 or 4 bytes each)."""

@@ -213,7 +213,7 @@ def store_conversations(
     given: Preparation, template: ChatTemplate, writers: dict[str, SplitWriter], faults: Faults
 ) -> Stored:
     """Write conversations; questions on one document are all held out, or none."""
-    units = conversation_units(given.inputs, given.reader.largest)
+    units = conversation_units(given.inputs, given.reader)
     for unit in units:
         for found, tokens in rendered(unit.read(faults), template, faults):
             split = SPLITS[share_of(set_apart_by(found)) < given.held_out]

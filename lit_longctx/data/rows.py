@@ -1,7 +1,7 @@
 """Files → rows: JSON lines, parquet and Arrow, one row in memory at a time.
 
-Each reader takes a file, the fields that are wanted and the bytes a row may have, and yields the
-row's number, from 1, with the row or with what is `Broken` about it. A file that breaks off ends
+Each reader takes a file, the fields that are wanted (None: all) and the bytes a row may have, and
+yields the row's number, from 1, with the row or with what is `Broken` about it. A file that breaks off ends
 with a `Broken` row; those before it are good.
 """
 
@@ -22,7 +22,7 @@ ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 """Last bytes of an Arrow stream that was written to its end."""
 
 
-def json_rows(file: File, fields: Sequence[str], largest: int) -> Rows:
+def json_rows(file: File, fields: Sequence[str] | None, largest: int) -> Rows:
     """Yield the value of every line that is not blank; numbers count all lines."""
     number = 0
     try:
@@ -61,7 +61,7 @@ def _parsed(line: bytearray) -> Any:
         return Broken("broken JSON")
 
 
-def parquet_rows(file: File, fields: Sequence[str], largest: int) -> Rows:
+def parquet_rows(file: File, fields: Sequence[str] | None, largest: int) -> Rows:
     """Yield the wanted fields of each row as a dict.
 
     Memory: a page, which the writer closes after about a thousand rows or a MiB, whichever is more.
@@ -69,7 +69,7 @@ def parquet_rows(file: File, fields: Sequence[str], largest: int) -> Rows:
     return _table_rows(_parquet_batches(file, fields), largest, "broken parquet")
 
 
-def arrow_rows(file: File, fields: Sequence[str], largest: int) -> Rows:
+def arrow_rows(file: File, fields: Sequence[str] | None, largest: int) -> Rows:
     """Yield the wanted fields of each row of an Arrow IPC stream as a dict.
 
     Memory: a local file is mapped; of a remote one, a record batch.
@@ -77,21 +77,21 @@ def arrow_rows(file: File, fields: Sequence[str], largest: int) -> Rows:
     return _table_rows(_arrow_batches(file, fields), largest, "broken arrow")
 
 
-def _parquet_batches(file: File, fields: Sequence[str]) -> Iterator[Any]:
+def _parquet_batches(file: File, fields: Sequence[str] | None) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     with file.open() as stream, pq.ParquetFile(stream, buffer_size=PIECE) as table:
-        present = [name for name in fields if name in table.schema_arrow.names]
+        present = _present(table.schema_arrow, fields)
         # one row at a time: a batch of more could hold that many of the largest
         yield from table.iter_batches(batch_size=1, columns=present, use_threads=False)
 
 
-def _arrow_batches(file: File, fields: Sequence[str]) -> Iterator[Any]:
+def _arrow_batches(file: File, fields: Sequence[str] | None) -> Iterator[Any]:
     import pyarrow as pa
 
     source = file.open() if file.system else pa.memory_map(file.path)
     with source, pa.ipc.open_stream(source) as table:
-        present = [name for name in fields if name in table.schema.names]
+        present = _present(table.schema, fields)
         for batch in table:
             chosen = batch.select(present)
             for column in chosen.columns:
@@ -100,6 +100,10 @@ def _arrow_batches(file: File, fields: Sequence[str]) -> Iterator[Any]:
         source.seek(-len(ARROW_END), 2)
         if source.read(len(ARROW_END)) != ARROW_END:
             raise pa.ArrowInvalid("cut off between two record batches, which the library lets pass")
+
+
+def _present(schema: Any, fields: Sequence[str] | None) -> list[str]:
+    return [name for name in schema.names if fields is None or name in fields]
 
 
 def _check_offsets(column: Any) -> None:
@@ -142,7 +146,7 @@ def _size(cell: Any) -> int:
     return content.size if content else 0
 
 
-READERS: dict[str, Callable[[File, Sequence[str], int], Rows]] = {
+READERS: dict[str, Callable[[File, Sequence[str] | None, int], Rows]] = {
     **dict.fromkeys(LINE_SUFFIXES, json_rows),
     ".parquet": parquet_rows,
     ".arrow": arrow_rows,

@@ -189,6 +189,18 @@ def test_the_assistant_says_its_answers_and_the_end_of_turn(folder, template, tm
     assert not found.answers[0]
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_answer_not_to_learn_is_read_and_not_said(folder, template, tmp_path):
+    ours = ours_of(folder, template, tmp_path)
+    chat = talk("Hello\n", "Fine. ", "Who?", "the dog")
+    whole = ours.render(chat)
+    turns = list(chat.messages)
+    turns[1] = turns[1]._replace(learnt=False)
+    found = ours.render(chat._replace(messages=tuple(turns)))
+    assert found.ids.tolist() == whole.ids.tolist()
+    assert said(ours.tokenizer, found) == BYTE_LEVEL[template][1:]
+
+
 def test_by_hand(folder, tmp_path):
     ours = ours_of(folder, "chatml", tmp_path)
     found = ours.render(talk("Hi", "a"))
@@ -637,6 +649,14 @@ def test_the_document_is_known_to_the_token(folder, template, document, tmp_path
     assert document.strip().endswith(inside.strip())
     assert len(inside.strip()) >= len(document.strip()) - len("the ")  # " the" may begin before it
     assert decode(whole.ids[stop:].tolist()).startswith("\n\nthe fox?")
+
+
+def test_the_document_is_known_behind_a_system_prompt(folder, tmp_path):
+    ours = ours_of(folder, "chatml", tmp_path)
+    row = {"system": "the dog", "document": "the lazy dog. " * 3, "question": "?", "answer": "!"}
+    whole = ours.render(conversation(row, "name", "source"))
+    inside = ours.tokenizer.model.decode(whole.ids[slice(*whole.document)].tolist())
+    assert inside.strip() == row["document"].strip()
 
 
 def test_a_token_that_reaches_beyond_the_document_is_never_cut(tmp_path):
