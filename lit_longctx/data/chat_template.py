@@ -66,11 +66,12 @@ class ChatTemplate:
     def render(self, conversation: Conversation) -> Rendered:
         """Return a conversation's ids, with BOS in front if the template writes none.
 
-        An answer, if it is one to learn, is the message, the whitespace that the template puts between the prompt for
-        generation and it, and the next special token, by which the model learns to stop. Where
-        there is none before the next message, it is the message alone; at the end EOS is added. A
-        token belongs to where its first character is that is no space. Within a conversation the
-        template may write BOS again (Llama 2 does): BOS does not tell where one begins.
+        An answer, if it is one to learn, is the message, the whitespace that the template puts
+        between the prompt for generation and it, and the next special token, by which the model
+        learns to stop. Where there is none before the next message, it is the message alone; at the
+        end EOS is added. A token belongs to where its first character is that is no space. Within a
+        conversation the template may write BOS again (Llama 2 does): BOS does not tell where one
+        begins.
 
         Raises:
             Malformed: The template refuses the messages, or does not show each as it is, but for

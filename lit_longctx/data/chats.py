@@ -15,11 +15,27 @@ from lit_longctx.data.documents import unfit
 from lit_longctx.data.faults import Broken
 
 LABELS = frozenset(
-    "id prompt_id conversation_id hash source dataset category task topic language lang model "
-    "license url length num_turns".split()
+    [
+        "id",
+        "prompt_id",
+        "conversation_id",
+        "hash",
+        "source",
+        "dataset",
+        "category",
+        "task",
+        "topic",
+        "language",
+        "lang",
+        "model",
+        "license",
+        "url",
+        "length",
+        "num_turns",
+    ]
 )
 """Keys of rows and messages that say where they come from, and change nothing of what is said."""
-MADE = frozenset("made seed chunk style critique prompts".split())
+MADE = frozenset(["made", "seed", "chunk", "style", "critique", "prompts"])
 """Keys by which `lit_longctx synthesize` says how a question came to be."""
 SYSTEM = ("system", "system_prompt")
 """Spellings of the system prompt beside a row's messages."""

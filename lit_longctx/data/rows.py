@@ -1,8 +1,8 @@
 """Files → rows: JSON lines, parquet and Arrow, one row in memory at a time.
 
 Each reader takes a file, the fields that are wanted (None: all) and the bytes a row may have, and
-yields the row's number, from 1, with the row or with what is `Broken` about it. A file that breaks off ends
-with a `Broken` row; those before it are good.
+yields the row's number, from 1, with the row or with what is `Broken` about it. A file that breaks
+off ends with a `Broken` row; those before it are good.
 """
 
 import json
