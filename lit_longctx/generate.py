@@ -14,6 +14,7 @@ from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import NO_TARGET, Batch, one_document
 from lit_longctx.cache import Cache
 from lit_longctx.checkpoint import open_checkpoint
+from lit_longctx.data.special_tokens import AddBos
 from lit_longctx.data.tokenizer import Tokenizer, open_tokenizer
 from lit_longctx.model import Llama, chosen_device
 
@@ -264,7 +265,7 @@ def stream(
     """
     if not all(prompts):
         raise ValueError("expected a prompt; got an empty one; give some text to continue")
-    encoded = [[tokenizer.bos, *ids.tolist()] for ids in tokenizer.encode(prompts)]
+    encoded = [[*tokenizer.prefix, *ids.tolist()] for ids in tokenizer.encode(prompts)]
     rows = [Pieces(tokenizer, ids, stop) for ids in encoded]
     given = [torch.tensor(ids, device=llama.head_weight.device) for ids in encoded]
     eos = tokenizer.eos
@@ -282,6 +283,7 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
     tokenizer: str | None = None,
+    add_bos: AddBos = "auto",
     top_k: int | None = None,
     top_p: float = 1.0,
     stop: list[str] | str | None = None,
@@ -299,6 +301,8 @@ def generate_text(
         temperature: 0 for the likeliest token each time; higher is more random.
         seed: Decides the random choices.
         tokenizer: `bytes` or a tokenizer.json; default: the checkpoint's own.
+        add_bos: Whether the prompt begins with BOS; `auto`: as `transformers` has it of the
+            tokenizer's files.
         top_k: Draw from so many of the likeliest tokens; default: all.
         top_p: Draw from the fewest likeliest tokens that have this probability.
         stop: Text, or list of texts, before which the continuation ends.
@@ -312,7 +316,7 @@ def generate_text(
     own = tokenizer or start.tokenizer
     if own is None:
         raise ValueError(f"{checkpoint} has no tokenizer; pass --tokenizer")
-    coder = open_tokenizer(str(own))
+    coder = open_tokenizer(str(own), add_bos=add_bos)
     llama = start.load(chosen_device(device), getattr(torch, dtype), attn_implementation).eval()
     if prompt == "-":
         prompt = sys.stdin.read()

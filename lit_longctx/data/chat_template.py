@@ -64,7 +64,9 @@ class ChatTemplate:
             raise ValueError(f"{place} cannot be trained on: {one_line(error)}") from None
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Return a conversation's ids, with BOS in front if the template writes none.
+        """Return a conversation's ids, with BOS in front if the tokenizer adds it.
+
+        If the template writes it too, there is one still.
 
         An answer, if it is one to learn, is the message, the whitespace that the template puts
         between the prompt for generation and it, and the next special token, by which the model
@@ -102,7 +104,7 @@ class ChatTemplate:
     ) -> Rendered:
         """Add BOS and EOS where they are missing; `inside` says which tokens are the document's."""
         bos, eos = self.tokenizer.bos, self.tokenizer.eos
-        added = (int(ids[0] != bos), int(unended))
+        added = (int(bool(self.tokenizer.prefix) and ids[0] != bos), int(unended))
         at = np.flatnonzero(np.pad(inside, added))
         return Rendered(
             np.pad(ids, added, constant_values=(bos, eos)),

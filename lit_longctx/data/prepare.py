@@ -24,10 +24,12 @@ from lit_longctx.data.documents import Document, Faults, Reader, Unit, read_shar
 from lit_longctx.data.encode import encoded
 from lit_longctx.data.interleave import Interleave
 from lit_longctx.data.scale import Executor, in_parts
+from lit_longctx.data.special_tokens import AddBos
 from lit_longctx.data.tokenizer import (
     Ids,
     Tokenizer,
     check_tokenizer,
+    describe_borders,
     described,
     open_tokenizer,
     round_trip,
@@ -48,6 +50,7 @@ def prepare(
     chunk_tokens: int = 2**22,
     bos: str | None = None,
     eos: str | None = None,
+    add_bos: AddBos = "auto",
     reader: Reader = Reader(),
     tolerated: float = 0.01,
     filter: DependencyFilter | None = None,
@@ -73,6 +76,8 @@ def prepare(
         chunk_tokens: Tokens per chunk file, a multiple of 256; windows cannot be longer.
         bos: Token that begins documents; default: tokenizer_config.json's.
         eos: Token that ends documents; default: tokenizer_config.json's.
+        add_bos: Whether documents begin with BOS; `auto`: if --bos names one, else as
+            `transformers` has it of the tokenizer's files.
         reader: Which fields of rows hold text and name, and the largest document.
         tolerated: Largest share of broken documents; above it nothing is written.
         filter: Keep only training documents whose long-dependency score is high enough.
@@ -107,6 +112,7 @@ class Preparation:
     chunk_tokens: int
     bos: str | None
     eos: str | None
+    add_bos: AddBos
     reader: Reader
     tolerated: float
     filter: DependencyFilter | None
@@ -161,7 +167,8 @@ class Stored(NamedTuple):
 
 def run(given: Preparation) -> dict[str, Any]:
     """Read the input, write the folder and return its manifest."""
-    coder = open_tokenizer(given.tokenizer, given.bos, given.eos)
+    coder = open_tokenizer(given.tokenizer, given.bos, given.eos, given.add_bos)
+    print(describe_borders(coder))
     template = ChatTemplate(coder, given.chat_template) if given.chat else None
     faults = Faults(given.tolerated)
     with manifest.whole_folder(Path(given.output)) as folder:
@@ -321,10 +328,11 @@ def progress(documents: Iterable[Document], every: float = 2.0) -> Iterator[Docu
 def report(content: dict[str, Any]) -> str:
     """Token ledger and document lengths as a table."""
     lines = [f"source {content['source']}: token ledger"]
+    both = "BOS and EOS" if content["tokenizer"].get("add_bos", True) else "EOS"
     for split, ledger in content["splits"].items():
         lines.append(
             f"  {split:9} {ledger['tokens']:>13,} = {ledger['text_tokens']:,} text"
-            f" + {ledger['boundary_tokens']:,} BOS and EOS + {ledger['padding']:,} padding"
+            f" + {ledger['boundary_tokens']:,} {both} + {ledger['padding']:,} padding"
             f" in {ledger['documents']:,} documents, {ledger['chunks']} chunks"
         )
         if content["chat"]:

@@ -187,7 +187,8 @@ def measure_named(
 
 def haystack(held_out: Windows, tokens: int) -> Haystack:
     """Return held-out text, twice as long as the longest prompt, to hide needles in."""
-    coder = open_tokenizer(str(held_out.tokenizer_folder))
+    add_bos = held_out.manifest["tokenizer"].get("add_bos", True)
+    coder = open_tokenizer(str(held_out.tokenizer_folder), add_bos=add_bos)
     return Haystack.of_tokens(coder, held_out.read(0, min(held_out.tokens, 2 * tokens)))
 
 

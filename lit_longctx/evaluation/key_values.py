@@ -41,7 +41,7 @@ class KeyValues(Task):
         coder, names = hay.tokenizer, keys(seeded)
         key, value = next(names), number(seeded)
         line, tail = key_value(key, value), f"\n{key}:"
-        head_ids = [coder.bos, *coder.encode([HEAD])[0].tolist()]
+        head_ids = [*coder.prefix, *coder.encode([HEAD])[0].tolist()]
         line_ids, tail_ids = piece(coder, line, before=value), piece(coder, tail, before=value)
         needed = sum(map(len, (head_ids, line_ids, tail_ids)))
         others, left = [], room_for_context(length, needed)

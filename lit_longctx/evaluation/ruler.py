@@ -256,6 +256,6 @@ def _frame(
     tokenizer: Tokenizer, length: int, head: str, tail: str, least: int
 ) -> tuple[int, list[int], list[int]]:
     """Tokens between head and tail beyond the least there must be, and the ids of both."""
-    head_ids = [tokenizer.bos, *tokenizer.encode([head])[0].tolist()]
+    head_ids = [*tokenizer.prefix, *tokenizer.encode([head])[0].tolist()]
     tail_ids = piece(tokenizer, tail)
     return room_for_context(length, len(head_ids) + len(tail_ids) + least), head_ids, tail_ids

@@ -154,8 +154,9 @@ class FirstSentence(Task):
         tail = "\n\nQ: What is the first sentence of the text above?, A:"
         coder = hay.tokenizer
         sample = hide(Haystack(coder, [rest]), length, sentence, [], tail, [sentence])
-        stop = 1 + len(coder.encode([sentence])[0])
-        return sample._replace(places=(Place(sentence, 1, stop),))
+        start = len(coder.prefix)
+        stop = start + len(coder.encode([sentence])[0])
+        return sample._replace(places=(Place(sentence, start, stop),))
 
     def score(self, sample: Sample, response: str) -> float:
         """ROUGE-L of the first line: a base model goes on after its answer."""

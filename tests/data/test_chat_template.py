@@ -69,10 +69,15 @@ def trained(kind):
 
 
 def write(folder, model, **config):
+    """A tokenizer that puts BOS in front of a text."""
     folder.mkdir(exist_ok=True)
-    model.save(str(folder / "tokenizer.json"))
     known = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **known, **config}
+    bos = config["bos_token"]
+    model.post_processor = processors.TemplateProcessing(
+        f"{bos} $A", special_tokens=[(bos, model.token_to_id(bos))]
+    )
+    model.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
