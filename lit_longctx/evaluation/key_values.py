@@ -22,7 +22,7 @@ from lit_longctx.evaluation.prompts import (
     pieces,
     room_for_context,
 )
-from lit_longctx.evaluation.tasks import Task
+from lit_longctx.evaluation.tasks import Seeded, Task
 
 
 @final
@@ -33,7 +33,7 @@ class KeyValues(Task):
     room: int = 16
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: random.Random) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
         """Put the asked line behind `depth` percent of the others; one more fills up, cut short.
 
         The haystack gives the tokenizer alone. Costs tokenizing as many lines as there are.

@@ -159,6 +159,7 @@ def hide(
     references: Sequence[str],
     after_sentence: bool = False,
     restart: bool = False,
+    first: int = 0,
 ) -> Sample:
     """Return a prompt of exactly `length` tokens: prefix, head, hay with the needles in it, tail.
 
@@ -174,6 +175,7 @@ def hide(
         references: Parts of the answer.
         after_sentence: Whether needles move back to the end of a sentence, but for depth 100.
         restart: Whether the hay begins anew after a needle.
+        first: Token of the hay that it begins with.
     """
     needles = sorted(needles, key=lambda needle: needle.depth)
     coder = hay.tokenizer
@@ -184,12 +186,13 @@ def hide(
     room = room_for_context(length, sum(map(len, (head_ids, tail_ids, *hidden))))
 
     def stretch(start: int, stop: int) -> list[int]:
-        return hay.take(0, stop - start) if restart else hay.take(start, stop)
+        return hay.take(0, stop - start) if restart else hay.take(first + start, first + stop)
 
     ids, places, last = [*head_ids], [], 0
     for needle, needle_ids in zip(needles, hidden, strict=True):
         place = round(room * needle.depth / 100)
-        place = max(last, hay.cut(place, after_sentence and needle.depth < 100))
+        place = hay.cut(first + place, after_sentence and needle.depth < 100) - first
+        place = max(last, place)
         ids += stretch(last, place)
         places.append(Place(needle.text.strip(), len(ids), len(ids) + len(needle_ids)))
         ids += needle_ids
