@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Integer
 
 from lit_longctx.data.chats import Conversation, Malformed, Message, Rendered
+from lit_longctx.data.documents import unfit
 from lit_longctx.data.marked_text import MARK, mark, reader
 from lit_longctx.data.templates import compiled, find_template, one_line, variables
 from lit_longctx.data.tokenizer import Tokenizer
@@ -95,6 +96,19 @@ class ChatTemplate:
         unended = bool(said[-1]) and kinds[-1] != "special"
         return self._bordered(np.array(ids, dtype=np.int32), said[owners], inside, unended)
 
+    def prompt(self, messages: Sequence[Message]) -> Integer[np.ndarray, "tokens"]:
+        """Return the ids of messages and of what makes the assistant answer, as `render` has them.
+
+        Raises:
+            Malformed: As for `render`.
+        """
+        if broken := next((found for each in messages if (found := unfit(each.content))), None):
+            raise Malformed(broken.kind)
+        pieces = self._pieces(Conversation(tuple(messages), "prompt", ""), generation=True)
+        ids, _ = self._encode("".join(piece.text for piece in pieces))
+        begin = [] if ids[:1] == [self.tokenizer.bos] else self.tokenizer.prefix
+        return np.array([*begin, *ids], dtype=np.int32)
+
     def _bordered(
         self,
         ids: Integer[np.ndarray, "tokens"],
@@ -148,9 +162,11 @@ class ChatTemplate:
         rest = whole.removeprefix(prompt) if whole.startswith(prompt) else ""
         return rest if rest.isspace() else ""
 
-    def _filled(self, messages: Sequence[Message]) -> Iterator[tuple[str, int | None]]:
+    def _filled(
+        self, messages: Sequence[Message], generation: bool
+    ) -> Iterator[tuple[str, int | None]]:
         """Yield the text in turns: the template's words, with None; a message, with its number."""
-        text, cut = self._text(messages), self._cut(messages)
+        text, cut = self._text(messages, generation), self._cut(messages, generation)
         yield cut[0], None
         at = len(cut[0])
         for number, words in zip(map(int, cut[1::2]), cut[2::2], strict=True):
@@ -165,13 +181,13 @@ class ChatTemplate:
         if at != len(text) or not text.startswith(cut[0]):
             raise Malformed("the chat template depends on what a message says")
 
-    def _pieces(self, conversation: Conversation) -> list[Piece]:
+    def _pieces(self, conversation: Conversation, generation: bool = False) -> list[Piece]:
         pieces: list[Piece] = []
         messages = conversation.messages
         asked = next((i for i, message in enumerate(messages) if message.role == "user"), None)
         if any("\0" in message.content for message in messages):
             raise Malformed("NUL in text")
-        for text, number in self._filled(messages):
+        for text, number in self._filled(messages, generation):
             if number is None:
                 pieces += self._template_pieces(text)
             elif messages[number].role == "assistant" and messages[number].learnt:
