@@ -12,10 +12,10 @@ from lit_longctx.data.chat_template import ChatTemplate
 from lit_longctx.data.chats import Conversation, Malformed, Rendered, conversation
 from lit_longctx.data.documents import Reader, Unit
 from lit_longctx.data.faults import Faults
-from lit_longctx.data.inputs import File, Names, files
+from lit_longctx.data.inputs import File, Names, Selection
 from lit_longctx.data.packing import best_fit
 from lit_longctx.data.rows import READERS
-from lit_longctx.data.saved_datasets import shards
+from lit_longctx.data.saved_datasets import input_files
 from lit_longctx.data.storage import ObjectStorage
 from lit_longctx.data.windows import ANSWER, Windows
 
@@ -23,11 +23,11 @@ TOGETHER = 2**14
 """Conversations that are packed and shuffled together."""
 
 
-def conversation_units(inputs: Sequence[str], reader: Reader) -> list[Unit]:
+def conversation_units(inputs: Sequence[str], reader: Reader, selection: Selection) -> list[Unit]:
     """Return what is read one after the other: every file of rows."""
     names, units = Names(), []
     for name in inputs:
-        for file in shards(files(name), name):
+        for file in input_files(name, selection):
             own = names.of(file.name, file.path)
             units.append(Unit(own, partial(_conversations, file, own, reader)))
     return units

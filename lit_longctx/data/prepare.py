@@ -22,6 +22,7 @@ from lit_longctx.data.conversations import conversation_units, rendered, set_apa
 from lit_longctx.data.dependency import DependencyFilter, DependencyScorer
 from lit_longctx.data.documents import Document, Faults, Reader, Unit, read_share
 from lit_longctx.data.encode import encoded
+from lit_longctx.data.inputs import Selection
 from lit_longctx.data.interleave import Interleave
 from lit_longctx.data.scale import Executor, in_parts
 from lit_longctx.data.special_tokens import AddBos
@@ -64,9 +65,10 @@ def prepare(
     """Tokenise documents into OUTPUT/train and OUTPUT/held_out.
 
     Args:
-        input: File, folder, glob or URL, or a list of them (jsonl, parquet, text; .gz and .zst
-            too; what `Dataset.save_to_disk` wrote), `code:DIR` for repositories that lie side by
-            side, one document each, or `stdlib` for Python's own sources.
+        input: File, folder, glob or URL, or a list of them (jsonl, JSON arrays, parquet, text;
+            .gz, .zst, .xz and .bz2 too; what `Dataset.save_to_disk` wrote), `code:DIR` for
+            repositories that lie side by side, one document each, or `stdlib` for Python's own
+            sources.
         output: Folder to make; must not exist.
         tokenizer: `bytes`, a tokenizer.json, a sentencepiece tokenizer.model or a folder that
             holds one.
@@ -159,6 +161,8 @@ class Stored(NamedTuple):
 
     units: list[Unit]
     """What was read, by name."""
+    selection: Selection
+    """Which files were taken and left."""
     round_trip: float = 1.0
     """Share of the first texts that come back exactly from their ids."""
     filtered: dict[str, Any] | None = None
@@ -196,7 +200,9 @@ def store_documents(
 ) -> Stored:
     """Write documents: read, encoded, held out by name, then filtered and interleaved."""
     scorer = opened_scorer(given.filter, described(coder)) if given.filter else None
-    units = given.reader.units(given.inputs)
+    selection = Selection()
+    units = given.reader.units(given.inputs, selection)
+    print(selection.report(), end="")
     excerpts: list[str] = []
     documents = sampled(read_share(units, faults, given.part, given.parts), excerpts)
     pairs = encoded(progress(documents), coder, faults)
@@ -205,7 +211,7 @@ def store_documents(
         pairs = step(pairs) if step else pairs
     for _, ids in pairs:
         writers["train"].add(ids)
-    return Stored(units, round_trip(coder, excerpts), scorer and scorer.report)
+    return Stored(units, selection, round_trip(coder, excerpts), scorer and scorer.report)
 
 
 def opened_scorer(settings: DependencyFilter, about: dict[str, Any]) -> DependencyScorer:
@@ -220,12 +226,14 @@ def store_conversations(
     given: Preparation, template: ChatTemplate, writers: dict[str, SplitWriter], faults: Faults
 ) -> Stored:
     """Write conversations; questions on one document are all held out, or none."""
-    units = conversation_units(given.inputs, given.reader)
+    selection = Selection()
+    units = conversation_units(given.inputs, given.reader, selection)
+    print(selection.report(), end="")
     for unit in units:
         for found, tokens in rendered(unit.read(faults), template, faults):
             split = SPLITS[share_of(set_apart_by(found)) < given.held_out]
             writers[split].add_conversation(tokens)
-    return Stored(units)
+    return Stored(units, selection)
 
 
 def write(
@@ -264,7 +272,9 @@ def described_folder(
         "part": [given.part, given.parts],
         "settings": given.settings(stored.units),
         "splits": {split: writer.describe() for split, writer in writers.items()},
+        "inputs": stored.selection.described(),
         "broken": faults.described(),
+        "notes": faults.notes,
         "filter": stored.filtered,
         "chat": given.chat,
     }
@@ -351,6 +361,8 @@ def report(content: dict[str, Any]) -> str:
     if content["round_trip"] < 1:
         share = 1 - content["round_trip"]
         lines.append(f"  {share:.0%} of the first texts do not come back exactly from their ids")
+    for kind, note in content["notes"].items():
+        lines.append(f"  {note['count']:,} rows: {kind}, first at {note['first']}")
     for kind, fault in content["broken"].items():
         lines.append(f"  skipped {fault['count']:,}: {kind}, first at {fault['first']}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Files → rows: JSON lines, parquet and Arrow, one row in memory at a time.
+"""Files → rows: JSON lines and arrays, parquet and Arrow, one row in memory at a time.
 
 Each reader takes a file, the fields that are wanted (None: all) and the bytes a row may have, and
 yields the row's number, from 1, with the row or with what is `Broken` about it. A file that breaks
@@ -14,6 +14,7 @@ from typing import Any
 from lit_longctx.data.archives import ARCHIVE_ERRORS, unpacked
 from lit_longctx.data.faults import Broken, broken_file
 from lit_longctx.data.inputs import LINE_SUFFIXES, File
+from lit_longctx.data.json_array import elements
 
 Rows = Iterator[tuple[int, Any]]
 PIECE = 2**20
@@ -23,10 +24,17 @@ ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def json_rows(file: File, fields: Sequence[str] | None, largest: int) -> Rows:
-    """Yield the value of every line that is not blank; numbers count all lines."""
+    """Yield the value of every line that is not blank; numbers count all lines.
+
+    Of a file that is one array, the elements.
+    """
     number = 0
     try:
         with file.open() as stored, unpacked(stored, file.packing) as stream:
+            if _begin(stream) == b"[":
+                for number, value in enumerate(elements(stream, largest), 1):
+                    yield number, value
+                return
             for number, line in enumerate(lines(stream, largest), 1):
                 if len(line) > largest:
                     yield number, Broken("too large")
@@ -34,6 +42,12 @@ def json_rows(file: File, fields: Sequence[str] | None, largest: int) -> Rows:
                     yield number, _parsed(line)
     except ARCHIVE_ERRORS as error:
         yield number + 1, broken_file(error, "broken archive")
+
+
+def _begin(stream: BufferedIOBase) -> bytes:
+    """Return the first byte that is no space, if it is among the first, without reading it."""
+    first: bytes = stream.peek(PIECE)  # pyright: ignore - all that are opened here can
+    return first.removeprefix(BOM_UTF8).lstrip()[:1]
 
 
 def lines(stream: BufferedIOBase, largest: int) -> Iterator[bytearray]:

@@ -46,7 +46,7 @@ class Tokenizer(ABC):
     """Text of EOS."""
     bos_rule: BosRule = BosRule(True, "the tokenizer")
     """Whether documents and prompts begin with BOS."""
-    sources: Mapping[str, str] = MappingProxyType({"bos": "its own", "eos": "its own"})
+    sources: Mapping[str, str] = MappingProxyType({"bos": "bytes", "eos": "bytes"})
     """Who named BOS and EOS, for reports."""
 
     @property
@@ -80,7 +80,7 @@ class ByteTokenizer(Tokenizer):
     eos, eos_token = 257, "<eos>"
 
     def __init__(self, rule: BosRule | None = None) -> None:
-        self.bos_rule = rule or BosRule(True, "bytes always have one")
+        self.bos_rule = rule or BosRule(True, "as bytes do")
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """UTF-8 bytes of each text."""
