@@ -321,7 +321,7 @@ def generate_text(
     """Continue a prompt and print it, the continuation as it comes; or answer it as a chat does.
 
     Args:
-        checkpoint: Run folder or Hugging Face folder.
+        checkpoint: Run folder, Hugging Face folder, or Hub name (org/name, org/name@revision).
         prompt: Text to continue, which begins a document; in a chat, what the user says. `-` reads
             it from standard input.
         max_new_tokens: Most tokens to add.

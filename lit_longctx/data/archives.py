@@ -17,9 +17,9 @@ def unpacked(file: BufferedIOBase, packing: str) -> BufferedIOBase:
     if packing == ".gz":
         return gzip.GzipFile(fileobj=file)  # pyright: ignore
     if packing == ".xz":
-        return lzma.LZMAFile(file)
+        return lzma.LZMAFile(file)  # pyright: ignore
     if packing == ".bz2":
-        return bz2.BZ2File(file)
+        return bz2.BZ2File(file)  # pyright: ignore
     if packing == ".zst":
         return BufferedReader(ZstandardFrames(file), 2**20)
     return file

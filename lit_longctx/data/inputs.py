@@ -10,6 +10,8 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lit_longctx import hub
+
 TEXT_SUFFIXES = {".txt", ".md", ".rst"}
 LINE_SUFFIXES = {".jsonl", ".json", ".ndjson"}
 TABLE_SUFFIXES = {".parquet", ".arrow"}
@@ -141,6 +143,8 @@ def _local(name: str) -> tuple[list[File], str]:
 def _remote(name: str) -> tuple[list[File], str]:
     import fsspec
 
+    if name.startswith("hf://"):
+        hub.limit_waiting()
     try:
         system, path = fsspec.url_to_fs(name)
         if system.isfile(path):

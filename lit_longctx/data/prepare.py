@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_longctx import manifest
+from lit_longctx import hub, manifest
 from lit_longctx.checkpoint import CHAT_TEMPLATE, GENERATION, open_checkpoint
 from lit_longctx.data.chat_template import ChatTemplate
 from lit_longctx.data.chunks import BLOCK, SPLITS, SplitWriter
@@ -70,8 +70,8 @@ def prepare(
             repositories that lie side by side, one document each, or `stdlib` for Python's own
             sources.
         output: Folder to make; must not exist.
-        tokenizer: `bytes`, a tokenizer.json, a sentencepiece tokenizer.model or a folder that
-            holds one.
+        tokenizer: `bytes`, a tokenizer.json, a sentencepiece tokenizer.model, or a folder or Hub
+            name (org/name, org/name@revision) that holds one.
         source: Name of the source in reports; default: the output folder's name.
         held_out: Share of documents kept for evaluation, chosen by a hash of their names; of
             conversations, by that of their document or first question.
@@ -285,7 +285,7 @@ def anywhere(names: Any) -> Any:
     if isinstance(names, list):
         return [anywhere(name) for name in names]
     kind, mark, path = names.rpartition(":") if names.startswith("code:") else ("", "", names)
-    plain = "://" in names or (not mark and names in ("stdlib", "bytes"))
+    plain = "://" in names or (not mark and names in ("stdlib", "bytes")) or hub.is_name(names)
     return names if plain else f"{kind}{mark}{os.path.abspath(path)}"
 
 

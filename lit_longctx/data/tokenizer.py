@@ -12,6 +12,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
+from lit_longctx import hub
 from lit_longctx.data.fingerprint import fingerprint
 from lit_longctx.data.special_tokens import (
     FAST,
@@ -155,7 +156,7 @@ class JsonTokenizer(Tokenizer):
         """Find out BOS and EOS, and whether BOS begins texts."""
         before = self._before_text()
         if told is None and len(before) > 1:
-            tokens = " ".join(map(self.model.id_to_token, before))
+            tokens = " ".join(str(self.model.id_to_token(number)) for number in before)
             raise ValueError(
                 f"{self.file} puts {tokens} before a text; expected BOS; pass --add_bos"
             )
@@ -169,7 +170,7 @@ class JsonTokenizer(Tokenizer):
             self.bos_token, self.bos = self._special("bos", bos)
             self.eos_token, self.eos = self._special("eos", eos)
         if told is None and before not in ([], [self.bos]):  # not the one that the config names
-            self.bos, self.bos_token = before[0], self.model.id_to_token(before[0])
+            self.bos, self.bos_token = before[0], str(self.model.id_to_token(before[0]))
             self.sources = {**self.sources, "bos": "tokenizer.json's post-processor"}
         self._writes_prefix = before == self.prefix
 
@@ -344,8 +345,8 @@ def open_tokenizer(
     """Return the tokenizer of that name.
 
     Args:
-        name: `bytes`, a tokenizer.json, a tokenizer.model, or a folder that holds one of them; of
-            both, tokenizer.json.
+        name: `bytes`, a tokenizer.json, a tokenizer.model, or a folder or Hub name that holds one
+            of them; of both, tokenizer.json.
         bos: Token that begins documents; default: tokenizer_config.json's.
         eos: Token that ends documents; default: tokenizer_config.json's.
         add_bos: Whether texts begin with BOS; `auto`: if `bos` is given, or else as the files say.
@@ -354,7 +355,8 @@ def open_tokenizer(
         if bos or eos:
             raise ValueError("tokenizer 'bytes' has its own BOS and EOS; leave --bos and --eos out")
         return ByteTokenizer(told_bos_rule(None, add_bos))
-    file = _file_of(Path(name))
+    found = hub.folder(name, hub.TOKENIZER_FILES) if hub.is_name(name) else Path(name)
+    file = _file_of(found)
     if file is None:
         expected = "'bytes', a tokenizer.json, a tokenizer.model or their folder"
         raise ValueError(f"tokenizer {name!r} not found; expected {expected}")

@@ -47,7 +47,7 @@ def evaluate(
     more checkpoints or tasks too, this goes on with what is missing.
 
     Args:
-        checkpoint: Run folders or Hugging Face folders.
+        checkpoint: Run folders, Hugging Face folders, or Hub names (org/name, org/name@revision).
         data: Prepared folders; their held-out split is read, and needles are hidden in the first's.
         output: Folder for results.json, tables and figures.
         tasks: What to measure: `loss` by position, source and document length; `perplexity` in
