@@ -172,7 +172,7 @@ class Stored(NamedTuple):
 def run(given: Preparation) -> dict[str, Any]:
     """Read the input, write the folder and return its manifest."""
     coder = open_tokenizer(given.tokenizer, given.bos, given.eos, given.add_bos)
-    print(describe_borders(coder))
+    print(describe_borders(coder, given.chat))
     template = ChatTemplate(coder, given.chat_template) if given.chat else None
     faults = Faults(given.tolerated)
     with manifest.whole_folder(Path(given.output)) as folder:

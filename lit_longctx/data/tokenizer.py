@@ -328,14 +328,17 @@ def described(tokenizer: Tokenizer) -> dict[str, Any]:
     return found if tokenizer.bos_rule.added else {**found, "add_bos": False}
 
 
-def describe_borders(tokenizer: Tokenizer) -> str:
-    """Say which tokens begin and end documents, and why, in two lines."""
+def describe_borders(tokenizer: Tokenizer, chat: bool) -> str:
+    """Say which tokens begin and end documents or conversations, and why, in two lines."""
     added, why = tokenizer.bos_rule
-    begins = "begins every document" if added else "begins no document"
+    begins, ends = f"begins {'every' if added else 'no'} document", "ends every document"
+    if chat:
+        begins = "begins every conversation" if added else "stands where the chat template has it"
+        ends = "stands where the chat template has it"
     named_by = tokenizer.sources
     return (
         f"BOS {tokenizer.bos} {tokenizer.bos_token!r} (from {named_by['bos']}) {begins} ({why})\n"
-        f"EOS {tokenizer.eos} {tokenizer.eos_token!r} (from {named_by['eos']}) ends every document"
+        f"EOS {tokenizer.eos} {tokenizer.eos_token!r} (from {named_by['eos']}) {ends}"
     )
 
 
