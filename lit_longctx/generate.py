@@ -347,9 +347,7 @@ def generate_text(
     if own is None:
         raise ValueError(f"{checkpoint} has no tokenizer; pass --tokenizer")
     coder = open_tokenizer(str(own), add_bos=add_bos)
-    if not chat and (system or chat_template):
-        raise ValueError("expected --chat true with a system prompt or a chat template; add it")
-    template = ChatTemplate(coder, chat_template) if chat else None
+    template = template_of(coder, chat, system, chat_template)
     if prompt == "-":
         prompt = sys.stdin.read()
         prompt = prompt.removesuffix("\n") if chat else prompt
@@ -372,6 +370,15 @@ def printed(text: str, pieces: Iterator[str]) -> str:
         text += piece
     print()
     return text
+
+
+def template_of(
+    tokenizer: Tokenizer, chat: bool, system: str | None, chat_template: str | None
+) -> ChatTemplate | None:
+    """Return the chat template if there is to be a chat; ValueError if only its settings are."""
+    if not chat and (system or chat_template):
+        raise ValueError("expected --chat true with a system prompt or a chat template; add it")
+    return ChatTemplate(tokenizer, chat_template) if chat else None
 
 
 def asked(template: ChatTemplate, prompt: str, system: str | None) -> list[int]:
