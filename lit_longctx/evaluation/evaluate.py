@@ -55,7 +55,7 @@ def evaluate(
     more checkpoints or tasks too, this goes on with what is missing.
 
     Args:
-        checkpoint: Run folders or Hugging Face folders.
+        checkpoint: Run folders, Hugging Face folders, or Hub names (org/name, org/name@revision).
         data: Prepared folders; their held-out split is read, and needles are hidden in the first's.
         output: Folder for results.json, tables and figures.
         tasks: What to measure: `loss` by position, source and document length; `perplexity` in
@@ -237,7 +237,8 @@ def measure_named(
 
 def haystack(held_out: Windows, tokens: int) -> Haystack:
     """Return held-out text, twice as long as the longest prompt, to hide needles in."""
-    coder = open_tokenizer(str(held_out.tokenizer_folder))
+    add_bos = held_out.manifest["tokenizer"].get("add_bos", True)
+    coder = open_tokenizer(str(held_out.tokenizer_folder), add_bos=add_bos)
     return Haystack.of_tokens(coder, held_out.read(0, min(held_out.tokens, 2 * tokens)))
 
 
