@@ -6,34 +6,31 @@ Nothing here unpickles a file that did not come from one of our runs.
 import importlib
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from lit_longctx import hub, hugging_face, manifest, meta, parameters
+from lit_longctx import hub, hugging_face, manifest, meta, parameters, readers
 from lit_longctx import position as schemes
 from lit_longctx.attention import AttnImplementation
+from lit_longctx.companions import (
+    GENERATION,
+    TOKENIZER,
+    TOKENS,
+    Companions,
+    list_of,
+)
 from lit_longctx.layers import LayerKind, Layers
-from lit_longctx.model import Llama, LlamaConfig
+from lit_longctx.model import Llama, LlamaConfig, layers_of
 from lit_longctx.position import PositionScheme
+from lit_longctx.position.scheme import INHERITED, THETA
 
 MODEL = "model.json"
 """File in a run's checkpoint that describes the model: config, position scheme, trained context."""
-CHAT_TEMPLATE = "chat_template.jinja"
-"""File beside a tokenizer that says how its model wants to be talked to."""
-GENERATION = "generation_config.json"
-"""File beside a model, or its tokenizer, that says which tokens end a text."""
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    CHAT_TEMPLATE,
-)
 
 
 # ---- opening
@@ -52,7 +49,9 @@ class Checkpoint:
     tokenizer: Path | None
     """Folder that holds the tokenizer, if there is one."""
     origin: dict[str, Any] | None
-    """What a run started from: its checkpoint and position scheme."""
+    """What a run started from: its checkpoint, that one's position scheme and its context."""
+    companions: Companions
+    """Where its tokenizer, chat template and generation config are."""
     run: Path | None = None
     """The run's `checkpoints` if `path` is the newest of them, rather than one that was named."""
     hashed: bool = False
@@ -60,28 +59,80 @@ class Checkpoint:
 
     @property
     def chat_template(self) -> Path | None:
-        """Jinja file of the tokenizer's chat template, if it has one of its own."""
-        file = self.tokenizer and self.tokenizer / CHAT_TEMPLATE
-        return file if file and file.is_file() else None
+        """Jinja file of the chat template, if it is a file of its own."""
+        return self.companions.chat_template
+
+    @property
+    def tokens(self) -> dict[str, Any]:
+        """Special tokens' ids under config.json's names; eos may be a list."""
+        own = {key: getattr(self.config, key) for key in ("bos_token_id", "eos_token_id")}
+        return own | self.companions.tokens()
 
     @property
     def generation(self) -> dict[str, Any]:
-        """generation_config.json of the model, or of its tokenizer."""
-        folders = (self.path, self.tokenizer) if self.tokenizer else (self.path,)
-        files = [folder / GENERATION for folder in folders]
-        return next((json.loads(file.read_text()) for file in files if file.is_file()), {})
+        """What generation_config.json holds."""
+        return self.companions.generation(self.tokens)
 
-    def inherited(self) -> dict[str, float]:
-        """Return what position schemes take over unless told otherwise: theta, original_context.
+    @property
+    def ends(self) -> list[int]:
+        """Every token at which generation stops."""
+        return list_of(self.generation["eos_token_id"])
 
-        Of layers that differ, theta is there only where it is one.
+    @property
+    def start_context(self) -> int | None:
+        """Tokens of context of what a run started from, or of a model that is no run's."""
+        if (self.path / MODEL).is_file() and self.origin is None:
+            return None
+        # runs of older versions did not store it
+        return (self.origin or {}).get("context", self.config.max_position_embeddings)
+
+    def context_with(self, layers: Layers) -> tuple[int, str]:
+        """Return the context of a model with these weights and layers, and what decides it.
+
+        Never below the start's, what was trained, or the scheme's reach: factor × original context,
+        or × the start's context where the scheme has none.
         """
-        found: dict[str, Any] = {"original_context": self.trained_context}
-        for name in ("theta", "original_context"):
+        if layers != self.layers:
+            context, _ = self.context_with(self.layers)
+            return max((context, "the checkpoint's"), layers.reach(context), key=itemgetter(0))
+        start = self.start_context or 0
+        scaled_here = self.origin is not None and not _scaled_alike(self.origin, layers)
+        return max(
+            (start, "the start's"),
+            (self.trained_context, "the longest that was trained"),
+            layers.reach(start if scaled_here else 0),
+            key=itemgetter(0),
+        )
+
+    def inherited(self) -> dict[str, Any]:
+        """Return what position schemes take over where they leave it open.
+
+        Of layers that differ, theta or original_context is there only where it is one.
+        """
+        found: dict[str, Any] = {"theta": THETA, "original_context": self.trained_context}
+        for name in INHERITED:
             values = {vars(kind.position).get(name) for kind in self.layers.kinds} - {None}
+            if values:
+                del found[name]
             if len(values) == 1:
                 found[name] = values.pop()
         return found
+
+    def layers_with(self, position: PositionScheme | Layers | None) -> Layers:
+        """Return the layers of a model that has this checkpoint's weights, and say what is taken.
+
+        Args:
+            position: Scheme or layers; what they leave open is the checkpoint's. Default: the
+                checkpoint's own.
+        """
+        if position is None:
+            return self.layers
+        layers = layers_of(position, self.config, self)
+        kinds = position.kinds if isinstance(position, Layers) else (LayerKind(position),)
+        for name in INHERITED:
+            if any(name in kind.position.unset() for kind in kinds):
+                say(f"position: {name} {self.inherited()[name]:.12g} from {self.path}")
+        return layers
 
     def verified(self) -> "Checkpoint":
         """Return the checkpoint with its files' hashes checked, once, each process its share.
@@ -115,7 +166,8 @@ class Checkpoint:
             device: Where the weights go.
             dtype: Of the weights.
             attn_implementation: Attention back end.
-            position: Scheme to use; default: the checkpoint's.
+            position: Scheme to use; what it leaves open is the checkpoint's, and said. Default: the
+                checkpoint's.
 
         Raises:
             ValueError: What is missing, torn, of another shape or beyond what this model can
@@ -123,9 +175,10 @@ class Checkpoint:
         """
         whole = self.verified()
         with torch.device("meta"):
-            llama = Llama(whole.config, position or whole.layers, attn_implementation)
+            llama = Llama(whole.config, whole.layers_with(position), attn_implementation)
         llama.to(dtype).to_empty(device=device)
         parameters.fill(llama, whole.path)
+        llama.start = whole
         return llama
 
 
@@ -180,14 +233,17 @@ def _opened(path: Path) -> Checkpoint:
         config, position = read(path)
         layers = Layers.alike(position, config.num_hidden_layers)
     context = context or config.max_position_embeddings
-    return Checkpoint(path, config, layers, context, _tokenizer_of(path), origin)
+    ours = (path / MODEL).is_file()
+    beside = Companions.of_run(path.parent.parent) if ours else Companions(path)
+    return Checkpoint(path, config, layers, context, _tokenizer_of(path, beside), origin, beside)
 
 
-def _tokenizer_of(path: Path) -> Path | None:
-    """Folder of a checkpoint's tokenizer: its own, or its run's."""
-    candidates = (path, path / "tokenizer", path.parent.parent / "tokenizer")
+def _tokenizer_of(path: Path, beside: Companions) -> Path | None:
+    """Folder of the tokenizer to use: the checkpoint's own, its run's, or its start's."""
+    candidates = (path, path / TOKENIZER, path.parent.parent / TOKENIZER)
     files = ("tokenizer.json", "tokenizer.model")
-    return next((c for c in candidates if any((c / f).is_file() for f in files)), None)
+    used = next((c for c in candidates if any((c / f).is_file() for f in files)), None)
+    return used or beside.tokenizer
 
 
 # ---- whole or torn
@@ -242,7 +298,8 @@ def say(line: str) -> None:
     if dist.is_available() and dist.is_initialized():
         first = dist.get_rank() == 0
     else:
-        first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+        ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+        first = next((rank for rank in ranks if rank is not None), "0") == "0"
     if first:
         print(line, flush=True)
 
@@ -277,6 +334,15 @@ def describe_position(position: PositionScheme) -> dict[str, Any]:
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": vars(position)}
 
 
+def _scaled_alike(origin: dict[str, Any], layers: Layers) -> bool:
+    """Whether layers stretch positions as those that their run started from did."""
+    if not layers.are_alike or "position" not in origin:
+        return False
+    told, now = origin["position"], describe_position(layers.position)
+    factors = [scheme["init_args"].get("factor") for scheme in (told, now)]
+    return told["class_path"] == now["class_path"] and factors[0] == factors[1]
+
+
 def _layers(description: dict[str, Any], config: LlamaConfig) -> Layers:
     if "layers" not in description:
         return Layers.alike(_scheme(description["position"]), config.num_hidden_layers)
@@ -307,7 +373,8 @@ def load_pretrained(
     Args:
         folder: config.json with one or several safetensors files, a run folder, or one of its
             checkpoints.
-        position: The scheme to use; default: the one the folder describes.
+        position: The scheme to use; theta and original_context that it leaves open are the
+            folder's, and said. Default: the scheme that the folder describes.
         attn_implementation: Attention back end.
 
     Raises:
@@ -327,56 +394,58 @@ def export_pretrained(
 ) -> Path:
     """Write a Hugging Face folder that transformers 4 and 5 read as the same model.
 
+    Tokenizer, chat template, special tokens and generation config are those of the checkpoint that
+    the model was loaded from, and of its start before that.
+
     Args:
         llama: The model; sharded parameters are gathered one at a time.
         folder: Where to; must not exist. Appears whole or not at all.
-        tokenizer: A folder to copy tokenizer files from, or an object with `.save(folder)`.
-        context: The new max_position_embeddings; default: the config's.
+        tokenizer: A folder to copy tokenizer files from, or an object with `.save(folder)`, in
+            place of the checkpoint's.
+        context: The new max_position_embeddings; default: the largest of the checkpoint's context,
+            what was trained, and the scheme's reach (factor × original context).
         dtype: Of the stored weights.
 
     Raises:
         ValueError: for a position scheme that Hugging Face cannot represent.
     """
-    config = hugging_face.config_json(llama, context, dtype)
+    start: Checkpoint | None = llama.start
+    if start and not start.path.is_dir():
+        say(f"{start.path}, from which the model was loaded, is gone: nothing is taken from there")
+    beside = start.companions if start else Companions()
+    if isinstance(tokenizer, str | Path):
+        beside = replace(beside, given=Path(tokenizer))
+    tokens = start.tokens if start else {}
+    context = context or context_of(llama)[0]
+    config = hugging_face.config_json(llama, context, dtype) | tokens
     with manifest.whole_folder(Path(folder)) as temporary:
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         parameters.save(llama, temporary, dtype)
-        _save_tokenizer(tokenizer, temporary)
-        (temporary / GENERATION).write_text(json.dumps(_ends(config, tokenizer), indent=2) + "\n")
+        save = getattr(tokenizer, "save", None)
+        if save:
+            save(temporary)
+        beside.write(temporary, tokenizer=not save)
+        generation = beside.generation({key: config.get(key) for key in TOKENS})
+        (temporary / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
         hugging_face.compare_with_transformers(temporary, llama)
+        for line in readers.check(config):
+            say(f"{folder}: {line}")
     return Path(folder)
 
 
-def _ends(config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Return where texts begin and end: a chat's turns end as the tokenizer's folder says."""
-    ends = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
-    folder = tokenizer if isinstance(tokenizer, str | Path) else None
-    if folder is not None and (file := Path(folder) / GENERATION).is_file():
-        told = json.loads(file.read_text()).get("eos_token_id")
-        both = {*(told if isinstance(told, list) else [told]), config["eos_token_id"]} - {None}
-        ends["eos_token_id"] = sorted(both) if len(both) > 1 else next(iter(both), None)
-    return ends
-
-
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    if tokenizer is None:
-        return
-    if hasattr(tokenizer, "save"):
-        tokenizer.save(folder)
-        return
-    found = [
-        Path(tokenizer) / name for name in TOKENIZER_FILES if (Path(tokenizer) / name).is_file()
-    ]
-    if not found:
-        raise ValueError(f"{tokenizer} holds none of {', '.join(TOKENIZER_FILES)}")
-    for file in found:
-        shutil.copy(file, folder)
+def context_of(llama: Llama) -> tuple[int, str]:
+    """Return the context of a model, and what decides it."""
+    if llama.start is not None:
+        return llama.start.context_with(llama.layers)
+    reach = llama.layers.reach(0)
+    return reach if reach[0] else (llama.config.max_position_embeddings, "the config's")
 
 
 def export(
     checkpoint: str,
     output: str,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    context: int | None = None,
 ) -> Path:
     """Write a run's newest checkpoint as a Hugging Face folder.
 
@@ -384,10 +453,19 @@ def export(
         checkpoint: Run folder, or one of its checkpoints.
         output: Folder to make; must not exist.
         dtype: Of the stored weights.
+        context: Tokens of context to write as max_position_embeddings; default: the largest of the
+            start's, the longest that was trained, and the position scheme's reach.
     """
     opened = open_checkpoint(checkpoint).verified()
-    llama, context = opened.load(), opened.trained_context
-    export_pretrained(llama, output, opened.tokenizer, context, getattr(torch, dtype))
-    print(f"{llama.layers}, context {context:,}, tokenizer from {opened.tokenizer}")
+    llama = opened.load()
+    told = (context, "as given") if context else context_of(llama)
+    export_pretrained(llama, output, None, context, getattr(torch, dtype))
+    written = json.loads((Path(output) / "config.json").read_text())["max_position_embeddings"]
+    if written != told[0]:
+        told = (written, "the original: transformers stretches positions from there")
+    print(f"{llama.layers}")
+    print(f"context {told[0]:,}: {told[1]}")
+    beside = opened.companions
+    print(f"tokenizer from {beside.tokenizer}, chat template from {beside.chat_template}")
     print(f"wrote {output}")
     return Path(output)

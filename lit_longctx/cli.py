@@ -4,6 +4,8 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from inspect import isabstract
 from typing import Any
 
 VERBS = {
@@ -126,8 +128,41 @@ def one_line(error: BaseException) -> str:
     text = " ".join(line for line in lines if line and not NOISE.match(line))
     for pattern, plain in PLAINER:
         text = pattern.sub(plain, text)
+    if "no class named " in text and (known := class_names(message)):
+        text = f"{text}; expected one of {', '.join(known)}"
     text = text.strip() or type(error).__name__
     return text if len(text) < 500 else text[:497] + "…"
+
+
+OWNER = re.compile(r"given class_path '([\w.]+)'")
+KEY = re.compile(r"Parser key \"(\w+)\"")
+SUBTYPE = re.compile(r"Subtypes: \[<class '([\w.]+)'>")
+
+
+def class_names(message: str) -> list[str]:
+    """Return our classes that jsonargparse's message could have been given; [] if it is unclear."""
+    from typing import get_args, get_type_hints
+
+    if owners := OWNER.findall(message):
+        hint = get_type_hints(_class(owners[-1]).__init__).get(KEY.findall(message)[-1])
+        bases = [kind for kind in (*get_args(hint), hint) if isinstance(kind, type)]
+    else:
+        bases = [_class(name) for name in SUBTYPE.findall(message)[-1:]]
+    return sorted({name for base in bases for name in _concrete(base)})
+
+
+def _class(path: str) -> Any:
+    module, name = path.rsplit(".", 1)
+    return getattr(import_module(module), name)
+
+
+def _concrete(base: type) -> list[str]:
+    """Names of this package's classes below one that can be made."""
+    if base is type(None):
+        return []
+    found = [name for kind in base.__subclasses__() for name in _concrete(kind)]
+    ours = base.__module__.startswith("lit_longctx.") and not base.__subclasses__()
+    return [*found, base.__name__] if ours and not isabstract(base) else found
 
 
 def entry() -> None:

@@ -14,6 +14,7 @@ from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import NO_TARGET, Batch, one_document
 from lit_longctx.cache import Cache
 from lit_longctx.checkpoint import open_checkpoint
+from lit_longctx.companions import list_of
 from lit_longctx.data.chat_template import ChatTemplate
 from lit_longctx.data.chats import Message
 from lit_longctx.data.documents import SURROGATE
@@ -90,15 +91,15 @@ def decode(
     prompts: Sequence[Int[Tensor, " _"]],
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    eos: int | None = None,
+    eos: int | Sequence[int] | None = None,
     seed: int = 0,
     prefill_tokens: int = 1024,
 ) -> Iterator[Int[Tensor, " batch"]]:
-    """Yield the next token of every prompt, until all have met `eos` or there are enough.
+    """Yield the next token of every prompt, until all have met an `eos` or there are enough.
 
     Shorter prompts are padded in front; nothing sees the padding and places are counted from the
     prompt's own beginning, so that each row is what it would be alone (its draws are not: all rows
-    share one generator). After `eos`, a row goes on with it.
+    share one generator). After an `eos`, a row goes on with it.
 
     Schemes that depend on a document's length take it to be prompt + max_new_tokens throughout.
 
@@ -107,7 +108,7 @@ def decode(
         prompts: Ids of each row, of any lengths.
         max_new_tokens: Most tokens to add to each.
         sampling: How a token is chosen.
-        eos: Token that ends a row.
+        eos: Token, or tokens, each of which ends a row.
         seed: Decides the random choices.
         prefill_tokens: Prompt tokens to read at a time, over all rows: bounds what a long prompt
             needs besides its keys and values.
@@ -120,15 +121,16 @@ def decode(
     new = torch.stack([F.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts])
     generator = torch.Generator(new.device).manual_seed(seed)
     ended = torch.zeros(len(new), dtype=torch.bool, device=new.device)
+    ends = new.new_tensor(list_of(eos))
+    last = new[:, -1]
     for _ in range(max_new_tokens):
         chosen = sampling.choose(_read(llama, new, cache, prefill_tokens), generator)
-        if eos is not None:
-            chosen = chosen.masked_fill(ended, eos)
-            ended |= chosen == eos
-        yield chosen
-        if eos is not None and ended.all():
+        last = torch.where(ended, last, chosen)
+        ended |= torch.isin(last, ends)
+        yield last
+        if ended.all():
             return
-        new = chosen[:, None]
+        new = last[:, None]
 
 
 def _planned(llama: Llama, lengths: Sequence[int], max_new_tokens: int) -> Cache:
@@ -169,7 +171,7 @@ def generate(
     prompt: Int[Tensor, "batch prompt"],
     max_new_tokens: int,
     temperature: float = 0.0,
-    eos: int | None = None,
+    eos: int | Sequence[int] | None = None,
     seed: int = 0,
     *,
     top_k: int | None = None,
@@ -179,7 +181,7 @@ def generate(
     """Continue prompts of equal length; `decode` takes any lengths and says what arguments mean.
 
     Returns:
-        Prompt and continuation; a row goes on with `eos` after it has met it.
+        Prompt and continuation; a row goes on with an `eos` after it has met it.
     """
     sampling = Sampling(temperature, top_k, top_p)
     found = decode(llama, list(prompt), max_new_tokens, sampling, eos, seed, prefill_tokens)
@@ -267,6 +269,11 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [*tokenizer.prefix, *tokenizer.encode([prompt])[0].tolist()]
 
 
+def ends_of(llama: Llama, tokenizer: Tokenizer) -> list[int]:
+    """Return every token that ends a text: the tokenizer's EOS, and the generation config's."""
+    return sorted({tokenizer.eos, *(llama.start.ends if llama.start else ())})
+
+
 def stream(
     llama: Llama,
     tokenizer: Tokenizer,
@@ -280,19 +287,19 @@ def stream(
 ) -> Iterator[list[str]]:
     """Yield what each new token adds to the text of each prompt, until all have ended.
 
-    Prompts are texts that begin a document, or ids as they are. A row ends with EOS or a token of
-    `ends`, with the first of the `stop` strings that its continuation completes
-    (across tokens too; it is left out), or after max_new_tokens; its pieces are empty from then on.
-    See `decode` for the rest.
+    Prompts are texts that begin a document, or ids as they are. A row ends with any EOS of the
+    generation config or a token of `ends`, with the first of the `stop` strings that its
+    continuation completes (across tokens too; it is left out), or after max_new_tokens; its pieces
+    are empty from then on. See `decode` for the rest.
     """
     encoded = [
         prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         for prompt in prompts
     ]
+    ends = [*ends_of(llama, tokenizer), *ends]
     rows = [Pieces(tokenizer, ids, stop, ends) for ids in encoded]
     given = [torch.tensor(ids, device=llama.head_weight.device) for ids in encoded]
-    eos = tokenizer.eos
-    for tokens in decode(llama, given, max_new_tokens, sampling, eos, seed, prefill_tokens):
+    for tokens in decode(llama, given, max_new_tokens, sampling, ends, seed, prefill_tokens):
         yield [row.add(token) for row, token in zip(rows, tokens.tolist(), strict=True)]
         if all(row.ended for row in rows):
             return

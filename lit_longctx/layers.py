@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from lit_longctx.position import PositionScheme
+from lit_longctx.position.scheme import Source
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,27 @@ class Layers:
     def position_of(self, layer: int) -> PositionScheme:
         """Return the scheme of a layer."""
         return self.kinds[self.kind_of[layer]].position
+
+    def resolved(self, source: Source) -> "Layers":
+        """Return the layers whose schemes' open fields are a checkpoint's or config's."""
+        kinds = (replace(kind, position=kind.position.resolved(source)) for kind in self.kinds)
+        return replace(self, kinds=tuple(kinds))
+
+    def reach(self, context: int) -> tuple[int, str]:
+        """Return the tokens that schemes with a factor stretch to, and how; (0, "") without one.
+
+        Args:
+            context: What schemes stretch that have no original context of their own; 0: unknown.
+        """
+        found = (0, "")
+        for kind in self.kinds:
+            factor = getattr(kind.position, "factor", None)
+            original = getattr(kind.position, "original_context", None) or context
+            tokens = round(original * factor) if factor else 0
+            if tokens > found[0]:
+                name = type(kind.position).__name__
+                found = tokens, f"the reach of {name}, factor {factor:g} × {original:,}"
+        return found
 
     def with_theta(self, theta: float) -> "Layers":
         """Return the same layers with another rotary base; ValueError where several have one."""

@@ -27,6 +27,7 @@ from lit_longctx.head import token_hits, token_nats, weighted_loss
 from lit_longctx.keys import OWN, KeySource, LayerSource, View
 from lit_longctx.layers import Layers
 from lit_longctx.position import PositionScheme
+from lit_longctx.position.scheme import THETA, Source
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,10 @@ class LlamaConfig:
         """head_dim, resolved."""
         assert self.head_dim is not None
         return self.head_dim
+
+    def inherited(self) -> dict[str, Any]:
+        """Return what position schemes leave open, where no checkpoint says it."""
+        return {"theta": THETA, "original_context": self.max_position_embeddings}
 
 
 class Attention(nn.Module):
@@ -196,6 +201,8 @@ class Llama(nn.Module):
         self.model = Decoder(config, self.layers, self.backend)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.start: Any = None
+        """Checkpoint that the weights are from; an export takes over what else belongs to it."""
 
     @property
     def position(self) -> PositionScheme:
@@ -250,16 +257,26 @@ class Llama(nn.Module):
         return hidden[:, -(last or 0) :] @ self.head_weight.T
 
 
-def layers_of(position: PositionScheme | Layers, config: LlamaConfig) -> Layers:
-    """Return the layers of a model; ValueError if they are not as many as its config says."""
+def layers_of(
+    position: PositionScheme | Layers, config: LlamaConfig, source: Source | None = None
+) -> Layers:
+    """Return a model's layers, resolved; ValueError if not as many as its config says.
+
+    Args:
+        position: One scheme for all layers, or the layers; fields may be open.
+        config: The model's shape.
+        source: What says the values that are open; default: the config.
+    """
     if isinstance(position, PositionScheme):
-        return Layers.alike(position, config.num_hidden_layers)
+        position = Layers.alike(position, config.num_hidden_layers)
     if len(position.kind_of) != config.num_hidden_layers:
         raise ValueError(
             f"kind_of names {len(position.kind_of)} layers; the config has "
             f"{config.num_hidden_layers}"
         )
-    return position
+    for kind in position.kinds:
+        kind.position.check(config.head_width)
+    return position.resolved(source or config)
 
 
 def chosen_device(name: str) -> str:

@@ -20,6 +20,9 @@ SHARD_BYTES = 5 * 2**30
 """Bytes of weights per exported file, as Hugging Face cuts them."""
 SCHEME = ".self_attn.position."
 """Part of the names of weights that belong to a position scheme."""
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights, as safetensors names them."""
 DISTRIBUTED = ".metadata"
 """File that makes a folder a distributed checkpoint."""
 
@@ -80,7 +83,7 @@ def _compare(
     missing = [name for name in parameters if name not in stored]
     if foreign := [name for name in missing if SCHEME not in name]:
         raise ValueError(f"{folder} lacks {foreign[0]} ({len(foreign)} weights missing)")
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = {HEAD} if config.tie_word_embeddings else set()
     for name in stored:
         spare = name in tied or SCHEME in name or name.endswith("rotary_emb.inv_freq")
         if name not in parameters and not spare:
@@ -96,10 +99,24 @@ def _fill_from_safetensors(
     parameters: dict[str, Tensor], folder: Path, config: LlamaConfig
 ) -> list[str]:
     """Read of every tensor only the bytes that this rank holds."""
-    handles = [_open(file) for file in _safetensors_files(folder)]
-    stored = {name: handle.get_slice(name) for handle in handles for name in handle.keys()}  # noqa: SIM118
+    stored = _slices(folder)
     shapes = {name: list(part.get_shape()) for name, part in stored.items()}
     missing = _compare(parameters, shapes, folder, config)
+    for name in parameters.keys() - set(missing):
+        if (dtype := stored[name].get_dtype()) not in FLOATS:
+            raise ValueError(
+                f"{folder}: {name} is of dtype {dtype}, expected one of {', '.join(FLOATS)}; a "
+                "quantized model (see quantization_config) must be dequantized first"
+            )
+    if (
+        config.tie_word_embeddings
+        and HEAD in stored
+        and not _equal(stored[HEAD], stored[EMBEDDING])
+    ):
+        raise ValueError(
+            f"{folder}/config.json: tie_word_embeddings is true, but {HEAD} is stored with other "
+            f"values than {EMBEDDING}; set it to false to use {HEAD}, or remove {HEAD}"
+        )
     for name in parameters.keys() - set(missing):
         _copy(parameters[name], stored[name])
     return missing
@@ -115,18 +132,51 @@ def _fill_from_meta(parameters: dict[str, Tensor], folder: Path, config: LlamaCo
     return missing
 
 
+def _slices(folder: Path) -> dict[str, Any]:
+    """Return every stored tensor, unread; ValueError where two files hold one with other values."""
+    stored: dict[str, Any] = {}
+    origin: dict[str, Path] = {}
+    for file in _safetensors_files(folder):
+        handle = _open(file)
+        for name in handle.keys():  # noqa: SIM118
+            part = handle.get_slice(name)
+            if name in stored and not _equal(stored[name], part):
+                raise ValueError(
+                    f"{folder}: {origin[name].name} and {file.name} hold {name} with other values; "
+                    "remove the file that is not the model's"
+                )
+            stored[name], origin[name] = part, file
+    return stored
+
+
+def _equal(one: Any, other: Any, rows: int = 4096) -> bool:
+    """Whether two stored tensors are the same, read a few rows at a time."""
+    shape = one.get_shape()
+    if shape != other.get_shape() or one.get_dtype() != other.get_dtype():
+        return False
+    starts = range(0, shape[0] if shape else 1, rows)
+    return all(torch.equal(one[i : i + rows], other[i : i + rows]) for i in starts)
+
+
 def _safetensors_files(folder: Path) -> list[Path]:
+    """Files of weights: the index's, and a single file beside it; ValueError without any."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if not index.is_file():
         if single.is_file():
             return [single]
+        if shards := sorted(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"{folder} holds {shards[0].name} but no {index.name}, which says what the files "
+                "hold; copy it too"
+            )
         raise ValueError(f"{folder} holds no model.safetensors; convert it to safetensors first")
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{folder / name}, named by {index.name}, is missing")
-    return [folder / name for name in names]
+    beside = [single] if single.is_file() and single.name not in names else []
+    return [*(folder / name for name in names), *beside]
 
 
 def _open(file: Path) -> Any:

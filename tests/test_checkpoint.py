@@ -181,7 +181,7 @@ def test_a_scheme_with_weights_starts_anew_from_a_rope_checkpoint(tmp_path):
     q = torch.zeros(1, 600, 4, 12)
     wide_q, wide_k = layer(q, q[:, :, :2], llama.position.encode(torch.arange(600)[None], 12))
     bias = (wide_q[0, 599, 0] * wide_k[0, :, 0]).sum(-1).flip(0) / 12**0.5  # by distance
-    frequencies = RoPE().frequencies(12).double()
+    frequencies = RoPE(500.0).frequencies(12).double()  # the checkpoint's theta
     expected = 12 * torch.outer(torch.arange(600), frequencies).cos().mean(-1)
     torch.testing.assert_close(bias.double(), expected, atol=1e-4, rtol=0)
 

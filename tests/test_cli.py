@@ -122,7 +122,18 @@ WINDOW, BATCH_TOKENS = ["--data.init_args.window"], ["--data.init_args.batch_tok
     [
         (["--trainer.foo", 3], ["--trainer.foo"]),
         (["--model.init_args.foo", 3], ["ContinualPretrain", "'foo' is not accepted"]),
-        (["--model.init_args.position", "Foo"], ["position", "no class named Foo"]),
+        (
+            ["--model.init_args.position", "Foo"],
+            [
+                "position",
+                "no class named Foo; expected one of DynamicNTK, Llama3, LongRoPE, NTKAware, NoPE, "
+                "PositionInterpolation, RoPE, TransformerXL, XPos, YaRN",
+            ],
+        ),
+        (
+            ["--model.init_args.schedule", "Foo"],
+            ["schedule", "no class named Foo; expected one of", "WarmupCosine"],
+        ),
         (
             ["--model.init_args.position", "RoPE", "--model.init_args.position.init_args.base", 3],
             ["RoPE", "'base' is not accepted"],

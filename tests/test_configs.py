@@ -92,7 +92,6 @@ def options(request, monkeypatch, tmp_path):
     if checkpoint := model.init_args.checkpoint:
         (tmp_path / "config.json").write_text(json.dumps(config_json(checkpoint)))
         model.init_args.checkpoint = str(tmp_path)
-        fit.inherit_position(model, command.given.fit.model)
     return command.config.fit
 
 

@@ -9,7 +9,6 @@ from differences import assert_near
 from lit_longctx import parameters
 from lit_longctx.checkpoint import export_pretrained, load_pretrained
 from lit_longctx.generate import reading
-from lit_longctx.hugging_face import read_position
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import (
     DynamicNTK,
@@ -21,6 +20,7 @@ from lit_longctx.position import (
     XPos,
     YaRN,
 )
+from lit_longctx.rope_config import read_position
 
 transformers = pytest.importorskip("transformers")
 
@@ -172,7 +172,7 @@ def test_what_cannot_be_represented_is_refused_by_name(tmp_path, rope, message):
 def test_an_attention_factor_that_says_nothing_new_is_accepted():
     rope = {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.138629436, "mscale": None}
     found = read_position({"max_position_embeddings": 4096, "rope_scaling": rope})
-    assert found == YaRN(factor=4, original_context=4096)
+    assert found == YaRN(1e4, factor=4, original_context=4096)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lit_longctx.batch import NO_TARGET, Batch, pack
-from lit_longctx.checkpoint import CHAT_TEMPLATE
+from lit_longctx.companions import CHAT_TEMPLATE
 from lit_longctx.data.conversations import ConversationRows, Conversations
 from lit_longctx.data.order import Order
 from lit_longctx.data.places import Places

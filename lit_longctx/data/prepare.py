@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_longctx import hub, manifest
-from lit_longctx.checkpoint import CHAT_TEMPLATE, GENERATION, open_checkpoint
+from lit_longctx.checkpoint import open_checkpoint
+from lit_longctx.companions import CHAT_TEMPLATE, GENERATION
 from lit_longctx.data.chat_template import ChatTemplate
 from lit_longctx.data.chunks import BLOCK, SPLITS, SplitWriter
 from lit_longctx.data.conversations import conversation_units, rendered, set_apart_by

@@ -10,7 +10,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lit_longctx.checkpoint import CHAT_TEMPLATE
+from lit_longctx.companions import CHAT_TEMPLATE
 from lit_longctx.data.special_tokens import named, read_config
 from lit_longctx.data.tokenizer import (
     ByteTokenizer,

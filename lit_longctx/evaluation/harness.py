@@ -23,7 +23,7 @@ from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import pack
 from lit_longctx.checkpoint import describe_layers, open_checkpoint
 from lit_longctx.data.tokenizer import open_tokenizer
-from lit_longctx.generate import GREEDY, Pieces, Sampling, decode
+from lit_longctx.generate import GREEDY, Pieces, Sampling, decode, ends_of
 from lit_longctx.head import token_hits
 from lit_longctx.model import chosen_device
 
@@ -251,7 +251,8 @@ class HarnessModel(TemplateLM):
             )
         ids = [self._last(self.tok_encode(context), room) for context in contexts]
         prompts = [torch.tensor(row, device=self.device) for row in ids]
-        rows = [Pieces(self.coder, stop=until) for _ in contexts]
+        ends = ends_of(self.llama, self.coder)
+        rows = [Pieces(self.coder, stop=until, ends=ends) for _ in contexts]
         texts = ["" for _ in contexts]
         # lm-eval seeds torch; repeated requests need draws of their own
         seed = int(torch.randint(2**62, ()))

@@ -10,7 +10,7 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from lit_longctx.batch import Documents
-from lit_longctx.position.rotary import Rotary, base_frequencies, cos_sin, require_context
+from lit_longctx.position.rotary import Rotary, base_frequencies, cos_sin
 from lit_longctx.position.scheme import KEEP_THE_RUN, document_lengths
 
 
@@ -21,16 +21,16 @@ class LongRoPE(Rotary):
     Documents of up to L tokens use `short_factor`, longer ones `long_factor`.
     """
 
-    theta: float = 10_000.0
-    """Rotary base b."""
+    theta: float | None = None
+    """Rotary base b; default: the checkpoint's."""
     factor: float = field(kw_only=True)
     """s: longest context over L; decides the attention factor."""
     short_factor: Sequence[float] = field(kw_only=True)
     """λ_i for documents of up to L tokens, one per pair."""
     long_factor: Sequence[float] = field(kw_only=True)
     """λ_i for longer documents, one per pair."""
-    original_context: int = field(default=0, kw_only=True)
-    """L: tokens per sequence the starting checkpoint was trained on."""
+    original_context: int | None = field(default=None, kw_only=True)
+    """L: tokens per sequence the model was trained on; default: as the checkpoint says."""
     unscaled_tokens: int = 0
     """n̂: so many first places of a document are not interpolated; Hugging Face lacks it."""
 
@@ -41,7 +41,7 @@ class LongRoPE(Rotary):
     def __post_init__(self) -> None:
         object.__setattr__(self, "short_factor", tuple(self.short_factor))
         object.__setattr__(self, "long_factor", tuple(self.long_factor))
-        require_context(self.original_context)
+        super().__post_init__()
 
     def to_rope(self, head_dim: int) -> dict[str, Any]:
         """Return Hugging Face's settings, which know no first tokens that are left alone."""
@@ -55,19 +55,24 @@ class LongRoPE(Rotary):
     @property
     def attention_factor(self) -> float:
         """√(1 + ln s / ln L) as its authors' code has it."""
-        return sqrt(1 + log(self.factor) / log(self.original_context)) if self.factor > 1 else 1.0
+        return sqrt(1 + log(self.factor) / log(self.known_context)) if self.factor > 1 else 1.0
+
+    def check(self, head_dim: int) -> None:
+        """Raise a ValueError unless there is a divisor for every pair."""
+        for name in ("short_factor", "long_factor"):
+            if len(getattr(self, name)) != head_dim // 2:
+                raise ValueError(
+                    f"{name} must be {head_dim // 2} numbers for head_dim {head_dim}; got "
+                    f"{len(getattr(self, name))}"
+                )
 
     def _divided(self, factors: Sequence[float], head_dim: int) -> Float[Tensor, " freq"]:
-        if len(factors) != head_dim // 2:
-            raise ValueError(
-                f"LongRoPE needs {head_dim // 2} factors for head_dim {head_dim}, "
-                f"got {len(factors)}"
-            )
+        self.check(head_dim)
         return base_frequencies(self.theta, head_dim) / torch.tensor(factors)
 
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
         """θ_i / λ_i; without a length, those of short documents."""
-        long = length is not None and length > self.original_context
+        long = length is not None and length > self.known_context
         return self._divided(self.long_factor if long else self.short_factor, head_dim)
 
     def encode(
@@ -78,7 +83,7 @@ class LongRoPE(Rotary):
     ) -> Float[Tensor, "batch seq code"]:
         """Return [cos | sin]; documents choose between short and long factors, places by n̂."""
         device = position_ids.device
-        long = (document_lengths(position_ids, documents) > self.original_context).unsqueeze(-1)
+        long = (document_lengths(position_ids, documents) > self.known_context).unsqueeze(-1)
         frequencies = torch.where(
             long,
             self._divided(self.long_factor, head_dim).to(device),

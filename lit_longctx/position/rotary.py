@@ -8,7 +8,7 @@ Notation: d = head_dim, b = theta, θ_i = b^(−2i/d), wavelength λ_i = 2π/θ_
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from math import ceil, floor, log, pi
+from math import ceil, floor, inf, log, pi
 from typing import Any, ClassVar
 
 import torch
@@ -16,12 +16,12 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from lit_longctx.batch import Documents
-from lit_longctx.position.scheme import PositionScheme, document_lengths
+from lit_longctx.position.scheme import THETA, PositionScheme, document_lengths
 
 
-def base_frequencies(theta: float, head_dim: int) -> Float[Tensor, " freq"]:
+def base_frequencies(theta: float | None, head_dim: int) -> Float[Tensor, " freq"]:
     """θ_i in radians per token, i = 0 … d/2 − 1 (Su et al. 2021, arXiv:2104.09864, eq. 15)."""
-    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    return 1.0 / (theta or THETA) ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
 
 class Rotate(nn.Module):
@@ -66,12 +66,17 @@ def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def require_context(original_context: int) -> None:
-    """ValueError if a scheme was not told its L; `fit` takes it from the checkpoint beforehand."""
-    if original_context < 1:
-        raise ValueError(
-            "original_context is missing: give the tokens per sequence the model was trained on"
-        )
+POSITIVE = ("theta", "factor", "short_factor", "long_factor", "beta_fast", "beta_slow")
+"""Fields of which no position code follows unless they are finite and above 0."""
+
+
+def _check(name: str, value: Any) -> None:
+    """ValueError, by name, for a value that a scheme cannot have."""
+    if name == "original_context" and (value != int(value) or value < 1):
+        raise ValueError(f"original_context must be 1 or more tokens; got {value}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if name in POSITIVE and not 0 < number < inf:
+            raise ValueError(f"{name} must be a finite number above 0; got {number}")
 
 
 class Rotary(PositionScheme):
@@ -81,14 +86,39 @@ class Rotary(PositionScheme):
     """Hugging Face's name of the scheme, if it has one."""
     rope_fields: ClassVar[tuple[str, ...]] = ("theta",)
     """Fields that Hugging Face's `rope_parameters` hold."""
+    theta: float | None
+    original_context: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None:
+                _check(name, value)
+
+    @property
+    def base(self) -> float:
+        """Rotary base b: theta, or 10,000 for a scheme that stands alone."""
+        return self.theta or THETA
+
+    @property
+    def known_context(self) -> int:
+        """L, original_context; ValueError where neither user, checkpoint nor config gave it."""
+        if self.original_context is None:
+            raise ValueError(
+                f"{type(self).__name__}'s original_context is missing: give the tokens per "
+                "sequence that the model was trained on"
+            )
+        return self.original_context
 
     def to_rope(self, head_dim: int) -> dict[str, Any]:
         """Return `rope_type` and the scheme's fields under Hugging Face's names."""
         if self.rope_type is None:
             return super().to_rope(head_dim)
-        return {"rope_type": self.rope_type} | {
-            ROPE_KEYS.get(name, name): _as_json(getattr(self, name)) for name in self.rope_fields
-        }
+        values = {name: _as_json(getattr(self, name)) for name in self.rope_fields}
+        values["theta"] = self.base
+        if "original_context" in values:
+            values["original_context"] = self.known_context
+        named = {ROPE_KEYS.get(name, name): value for name, value in values.items()}
+        return {"rope_type": self.rope_type} | named
 
     @classmethod
     def from_rope(cls, rope: dict[str, Any], context: int) -> "Rotary":
@@ -106,9 +136,9 @@ class Rotary(PositionScheme):
     @classmethod
     def _rope_values(cls, rope: dict[str, Any], context: int) -> dict[str, Any]:
         original = int(rope.pop(ORIGINAL, context))
-        open_values = {"factor": context / original, "beta_fast": 32.0, "beta_slow": 1.0}
-        if "original_context" not in cls.rope_fields:
-            del open_values["factor"]
+        open_values = {"beta_fast": 32.0, "beta_slow": 1.0}
+        if cls.rope_type in ("yarn", "longrope"):
+            open_values["factor"] = context / max(original, 1)
         found: dict[str, Any] = {}
         for name in cls.rope_fields:
             key = ROPE_KEYS.get(name, name)
@@ -118,6 +148,8 @@ class Rotary(PositionScheme):
                 raise ValueError(f"rope key {key} is missing for rope_type {cls.rope_type}")
             else:
                 value = rope.pop(key, open_values.get(name))
+                if name.startswith("beta_"):
+                    value = value or open_values[name]  # as transformers reads 0
                 found[name] = value if isinstance(value, list) else float(value)
         return found
 
@@ -149,8 +181,9 @@ class Rotary(PositionScheme):
 class RoPE(Rotary):
     """Rotary position embedding (Su et al. 2021); larger theta: ABF (Xiong et al. 2023, §2.1)."""
 
-    theta: float = 10_000.0
-    """Rotary base b. Llama 2: 1e4, Llama 3: 5e5, Llama 2 Long (ABF): 5e5."""
+    theta: float | None = None
+    """Rotary base b. Llama 2: 1e4, Llama 3: 5e5, Llama 2 Long (ABF): 5e5. Default: the
+    checkpoint's."""
 
     rope_type = "default"
 
@@ -163,8 +196,8 @@ class RoPE(Rotary):
 class PositionInterpolation(Rotary):
     """Positions divided by s (Chen et al. 2023, arXiv:2306.15595, eq. 4); HF's `linear`."""
 
-    theta: float = 10_000.0
-    """Rotary base b."""
+    theta: float | None = None
+    """Rotary base b; default: the checkpoint's."""
     factor: float = field(kw_only=True)
     """s: how many times the original context is wanted."""
 
@@ -180,14 +213,14 @@ class PositionInterpolation(Rotary):
 class NTKAware(Rotary):
     """Base b·s^(d/(d−2)): the slowest pair is interpolated, the fastest kept (bloc97 2023)."""
 
-    theta: float = 10_000.0
-    """Rotary base b before scaling."""
+    theta: float | None = None
+    """Rotary base b before scaling; default: the checkpoint's."""
     factor: float = field(kw_only=True)
     """s: how many times the original context is wanted."""
 
     def scaled_theta(self, head_dim: int) -> float:
         """The base that results; it is all that Hugging Face needs to know."""
-        return self.theta * self.factor ** (head_dim / (head_dim - 2))
+        return self.base * self.factor ** (head_dim / (head_dim - 2))
 
     def to_rope(self, head_dim: int) -> dict[str, Any]:
         """Return plain RoPE with the base that results."""
@@ -205,19 +238,16 @@ class DynamicNTK(Rotary):
     n tokens get the base b·(s·n/L − (s − 1))^(d/(d−2)); s = 1 scales just as much as n needs.
     """
 
-    theta: float = 10_000.0
-    """Rotary base b before scaling."""
+    theta: float | None = None
+    """Rotary base b before scaling; default: the checkpoint's."""
     factor: float = field(kw_only=True)
     """s, Hugging Face's `factor`."""
-    original_context: int = field(default=0, kw_only=True)
-    """L: tokens per sequence the starting checkpoint was trained on."""
+    original_context: int | None = field(default=None, kw_only=True)
+    """L: tokens per sequence the model was trained on; default: as the checkpoint says."""
 
     rope_type = "dynamic"
     rope_fields = ("theta", "factor")
     depends_on_length = True
-
-    def __post_init__(self) -> None:
-        require_context(self.original_context)
 
     @classmethod
     def from_rope(cls, rope: dict[str, Any], context: int) -> "Rotary":
@@ -226,9 +256,10 @@ class DynamicNTK(Rotary):
 
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
         """θ_i of the base for `length` tokens; without a length, of b."""
-        stretched = max(length or 0, self.original_context) / self.original_context
+        context = self.known_context
+        stretched = max(length or 0, context) / context
         scale = (self.factor * stretched - (self.factor - 1)) ** (head_dim / (head_dim - 2))
-        return base_frequencies(self.theta * scale, head_dim)
+        return base_frequencies(self.base * scale, head_dim)
 
     def encode(
         self,
@@ -238,10 +269,10 @@ class DynamicNTK(Rotary):
     ) -> Float[Tensor, "batch seq code"]:
         """Return [cos | sin]; every document has its own frequencies."""
         lengths = document_lengths(position_ids, documents).double()
-        stretched = lengths.clamp(min=self.original_context) / self.original_context
+        stretched = lengths.clamp(min=self.known_context) / self.known_context
         scale = (self.factor * stretched - (self.factor - 1)) ** (head_dim / (head_dim - 2))
         exponents = torch.arange(0, head_dim, 2, device=lengths.device, dtype=torch.float32)
-        base = (self.theta * scale).float().unsqueeze(-1)
+        base = (self.base * scale).float().unsqueeze(-1)
         frequencies = 1.0 / base ** (exponents / head_dim)
         return cos_sin(position_ids.unsqueeze(-1).float() * frequencies, self.attention_factor)
 
@@ -254,12 +285,12 @@ class YaRN(Rotary):
     is linear in the pair's index between those that turn beta_fast and beta_slow times in L tokens.
     """
 
-    theta: float = 10_000.0
-    """Rotary base b."""
+    theta: float | None = None
+    """Rotary base b; default: the checkpoint's."""
     factor: float = field(kw_only=True)
     """s: how many times the original context is wanted."""
-    original_context: int = field(default=0, kw_only=True)
-    """L: tokens per sequence the starting checkpoint was trained on."""
+    original_context: int | None = field(default=None, kw_only=True)
+    """L: tokens per sequence the model was trained on; default: as the checkpoint says."""
     beta_fast: float = 32.0
     """Pairs that turn more often than this in L tokens are kept as they are."""
     beta_slow: float = 1.0
@@ -267,9 +298,6 @@ class YaRN(Rotary):
 
     rope_type = "yarn"
     rope_fields = ("theta", "factor", "original_context", "beta_fast", "beta_slow")
-
-    def __post_init__(self) -> None:
-        require_context(self.original_context)
 
     @property
     def attention_factor(self) -> float:
@@ -285,7 +313,7 @@ class YaRN(Rotary):
 
     def _pair(self, turns: float, head_dim: int) -> float:
         """Index of the pair that turns so often in L tokens."""
-        return head_dim * log(self.original_context / (turns * 2 * pi)) / (2 * log(self.theta))
+        return head_dim * log(self.known_context / (turns * 2 * pi)) / (2 * log(self.base))
 
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
         """γ_i·θ_i + (1 − γ_i)·θ_i/s, with γ the share kept."""
@@ -297,27 +325,24 @@ class YaRN(Rotary):
 class Llama3(Rotary):
     """Llama 3.1's scaling: a ramp in L/λ_i from interpolated to kept pairs (arXiv:2407.21783)."""
 
-    theta: float = 10_000.0
-    """Rotary base b; Llama 3: 5e5."""
+    theta: float | None = None
+    """Rotary base b; Llama 3: 5e5. Default: the checkpoint's."""
     factor: float = field(kw_only=True)
     """s; Llama 3.1: 8, Llama 3.2: 32."""
     low_freq_factor: float = 1.0
     """Pairs with L/λ below this are interpolated."""
     high_freq_factor: float = 4.0
     """Pairs with L/λ above this are kept."""
-    original_context: int = field(default=0, kw_only=True)
-    """L; Llama 3: 8,192."""
+    original_context: int | None = field(default=None, kw_only=True)
+    """L; Llama 3: 8,192. Default: as the checkpoint says."""
 
     rope_type = "llama3"
     rope_fields = ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_context")
 
-    def __post_init__(self) -> None:
-        require_context(self.original_context)
-
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
         """t_i·θ_i + (1 − t_i)·θ_i/s, with t the place of L/λ_i between the two factors."""
         base = base_frequencies(self.theta, head_dim)
-        turns = self.original_context * base / (2 * pi)
+        turns = self.known_context * base / (2 * pi)
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = kept.clamp(0, 1)
         return (1 - kept) * base / self.factor + kept * base

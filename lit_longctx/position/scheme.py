@@ -1,7 +1,9 @@
 """What every position scheme is: a map of queries and keys, and nothing else."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Num
@@ -9,7 +11,20 @@ from torch import Tensor, nn
 
 from lit_longctx.batch import Documents
 
+THETA = 10_000.0
+"""Rotary base where nothing names one (Su et al. 2021)."""
+INHERITED = ("theta", "original_context")
+"""Fields of a scheme that are the checkpoint's where they are left None."""
 KEEP_THE_RUN = "keep the run folder: lit_longctx evaluates and generates from it"
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What names the values that a scheme leaves open: a checkpoint, or a model's config."""
+
+    def inherited(self) -> Mapping[str, Any]:
+        """Return values by field; one is left out where layers differ in it."""
+        ...
 
 
 class PositionScheme(ABC):
@@ -39,6 +54,31 @@ class PositionScheme(ABC):
     @abstractmethod
     def layer(self, num_heads: int, head_dim: int) -> nn.Module:
         """Return what each block applies, (q, k, code) -> (q, k); has weights only if it learns."""
+
+    def check(self, head_dim: int) -> None:
+        """Raise a ValueError if the scheme cannot serve heads of this width."""
+        assert head_dim > 0
+
+    def unset(self) -> list[str]:
+        """Return the names of the fields that `resolved` fills in."""
+        return [name for name in INHERITED if vars(self).get(name, THETA) is None]
+
+    def resolved(self, source: Source) -> "PositionScheme":
+        """Return the scheme with the fields that are None taken from a checkpoint or a config.
+
+        Raises:
+            ValueError: The source has several values of a field; one must be given.
+        """
+        unset = self.unset()
+        if not unset:
+            return self
+        found = source.inherited()
+        if missing := [name for name in unset if name not in found]:
+            raise ValueError(
+                f"{type(self).__name__}'s {missing[0]} is left open, but layers of the checkpoint "
+                "differ in it; give a number"
+            )
+        return replace(cast(Any, self), **{name: found[name] for name in unset})
 
     def to_rope(self, head_dim: int) -> dict[str, Any]:
         """Return Hugging Face's `rope_parameters` of this scheme.

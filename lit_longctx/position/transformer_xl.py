@@ -58,8 +58,8 @@ class RelativeDistance(nn.Module):
 class TransformerXL(PositionScheme):
     """Sinusoids of the distance with learned u, v, W_R per block (the original shares u and v)."""
 
-    theta: float = 10_000.0
-    """Base of the sinusoids' frequencies."""
+    theta: float | None = None
+    """Base of the sinusoids' frequencies; default: the checkpoint's."""
     distance_dim: int | None = None
     """Width of the sinusoid (even); default: head_dim. The original uses the model's width."""
 

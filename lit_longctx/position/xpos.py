@@ -36,8 +36,8 @@ class XPos(Rotary):
     overflows).
     """
 
-    theta: float = 10_000.0
-    """Rotary base b; xPos ABF (Xiong et al. 2023): 5e5."""
+    theta: float | None = None
+    """Rotary base b; xPos ABF (Xiong et al. 2023): 5e5. Default: the checkpoint's."""
     scale_base: float = 512.0
     """B: the larger, the slower the decay."""
     centre: int = 16_384

@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_longctx.batch import Step
+from lit_longctx.checkpoint import Checkpoint
+from lit_longctx.companions import keep
 from lit_longctx.data.interface import TrainingData, describe_data
 from lit_longctx.progress import EVERY, Heartbeat, TimeLeft
 from lit_longctx.training.module import LanguageModule
@@ -244,10 +246,16 @@ class Checkpoints(Callback):
 
 
 class KeepTokenizer(Callback):
-    """Copies the data's tokenizer into the run folder, so that a run can be exported by itself."""
+    """Copies the data's tokenizer, and what belongs to the start, into the run folder.
+
+    So a run can be used and exported by itself.
+    """
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Copy once."""
+        start = getattr(module, "start", None)
+        if isinstance(start, Checkpoint) and trainer.is_global_zero:
+            keep(start.companions, start.tokens, run_folder(trainer))
         source = describe_data(getattr(trainer, "datamodule", None)).tokenizer_folder
         if source and trainer.is_global_zero:
             shutil.copytree(source, run_folder(trainer) / "tokenizer", dirs_exist_ok=True)

@@ -17,7 +17,6 @@ from torch.utils.tensorboard.summary import hparams
 
 import lit_longctx.data.finetuning
 import lit_longctx.data.pretraining  # noqa: F401 - makes the classes known by their short names
-from lit_longctx.checkpoint import open_checkpoint
 from lit_longctx.training.callbacks import Checkpoints, KeepTokenizer, ProgressLine
 from lit_longctx.training.module import LanguageModule
 from lit_longctx.training.parallel import FSDP2Strategy  # noqa: F401 - likewise
@@ -35,8 +34,6 @@ TRAINER = {
     "log_every_n_steps": 1,
     "check_val_every_n_epoch": None,
 }
-INHERITED = ("theta", "original_context")
-"""Fields of a position scheme that come from the checkpoint unless given."""
 
 
 class SaveSettings(SaveConfigCallback):
@@ -90,20 +87,14 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(ProgressLine, "progress")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Keep what the user gave, apart from what defaults added."""
-        super().parse_arguments(parser, args)
-        self.given = parser.parse_args(args, defaults=False)
-
     def _parse_ckpt_path(self) -> None:
         """Our checkpoints hold no hyperparameters that could override the config."""
 
     def before_instantiate_classes(self) -> None:
-        """Complete the config from the checkpoint and from the launcher; guard the run folder."""
+        """Complete the config from the launcher; guard the run folder."""
         assert self.subcommand is not None
         options = self.config[self.subcommand]
         fill_in_launcher(options.trainer)
-        inherit_position(options.model, self.given[self.subcommand].get("model"))
         run = Path(options.trainer.default_root_dir or "runs/default")
         options.trainer.default_root_dir = str(run)
         options.ckpt_path = find_checkpoint(run, options.ckpt_path, resume=self.subcommand == "fit")
@@ -127,20 +118,6 @@ def fill_in_launcher(trainer: Any) -> None:
     elif SLURMEnvironment.detect():
         trainer.num_nodes = int(os.environ.get("SLURM_NNODES", 1))
         trainer.devices = int(os.environ["SLURM_NTASKS"]) // trainer.num_nodes
-
-
-def inherit_position(model: Any, given: Any) -> None:
-    """Set theta and original_context from the checkpoint where the user left them open."""
-    checkpoint = model.init_args.get("checkpoint")
-    position = model.init_args.get("position")
-    if not checkpoint or not position:
-        return
-    sources = open_checkpoint(checkpoint).inherited()
-    chosen = given.init_args.position.get("init_args") or {}
-    for name in INHERITED:
-        if name in position.init_args and chosen.get(name) is None and name in sources:
-            position.init_args[name] = sources[name]
-            rank_zero_only(print)(f"position: {name} {sources[name]:g} from {checkpoint}")
 
 
 def find_checkpoint(run: Path, asked: str | None, resume: bool) -> str | None:

@@ -1,6 +1,6 @@
 """Batch → step: token-exact loss under accumulation and ranks, clipping, AdamW."""
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,9 +20,8 @@ from lit_longctx.data.interface import DataDescription, TrainingData, describe_d
 from lit_longctx.data.tokenizer import check_tokenizer
 from lit_longctx.evaluation.metrics import LossByPosition
 from lit_longctx.keys import OWN, KeySource
-from lit_longctx.layers import Layers
 from lit_longctx.memory import Memory
-from lit_longctx.model import Llama, LlamaConfig
+from lit_longctx.model import Llama, LlamaConfig, layers_of
 from lit_longctx.position import PositionScheme, RoPE
 from lit_longctx.training import parallel
 from lit_longctx.training.schedule import Schedule, WarmupCosine
@@ -36,7 +35,8 @@ class LanguageModule(LightningModule, ABC):
     Args:
         checkpoint: Hugging Face folder or run folder to start from.
         config: Shape of a model with random weights, in place of a checkpoint.
-        position: Position scheme; default: the checkpoint's, or RoPE.
+        position: Position scheme; theta and original_context that it leaves open are the
+            checkpoint's. Default: the checkpoint's, or RoPE.
         attn_implementation: Attention back end.
         learning_rate: Peak learning rate of AdamW.
         schedule: Course of the learning rate.
@@ -74,12 +74,13 @@ class LanguageModule(LightningModule, ABC):
             )
         self.automatic_optimization = False
         self.start = None if checkpoint is None else open_checkpoint(checkpoint)
-        own = None if self.start is None else self.start.layers
         config = config if self.start is None else self.start.config
         assert config is not None
         self.config = config
-        alike = Layers.alike(position or RoPE(), config.num_hidden_layers)
-        self.layers = alike if position or own is None else own
+        start = self.start
+        self.layers = (
+            start.layers_with(position) if start else layers_of(position or RoPE(), config)
+        )
         self.attn_implementation: AttnImplementation = attn_implementation
         self.learning_rate = learning_rate
         self.schedule = schedule
@@ -98,10 +99,6 @@ class LanguageModule(LightningModule, ABC):
         self.loaded_step = 0
         self.llama: Llama | None = None
         self.held_out_loss: LossByPosition | None = None
-
-    @abstractmethod
-    def context(self, window: int | None) -> int | None:
-        """Return the tokens of context that a model has which was trained on such windows."""
 
     # ---- the model
 
@@ -128,6 +125,7 @@ class LanguageModule(LightningModule, ABC):
             strategy.check_model = self._check_resumed
         llama.to_empty(device=strategy.root_device)
         fresh = parameters.fill(llama, self._whole_start(), self.seed)
+        llama.start = self.start
         self.llama = llama
         self._announce(fresh)
 
@@ -317,9 +315,11 @@ class LanguageModule(LightningModule, ABC):
         data = self.data
         checkpoint["samples_consumed"] = self.samples_consumed
         checkpoint["stages"] = data.stages_until(self.global_step)
-        window = data.context or self.context(data.window_until(self.global_step))
+        before = self.start.trained_context if self.start else None
+        trained = (before, data.context, data.window_until(self.global_step))
+        context = max((tokens for tokens in trained if tokens is not None), default=None)
         checkpoint["model_description"] = {
-            **describe(self.llama, window),
+            **describe(self.llama, context),
             "started_from": self._started_from(),
             "tokenizer": data.tokenizer,
         }
@@ -327,7 +327,9 @@ class LanguageModule(LightningModule, ABC):
     def _started_from(self) -> dict[str, Any] | None:
         if self.start is None:
             return None
-        return {"checkpoint": str(self.start.path), **describe_layers(self.start.layers)}
+        context, _ = self.start.context_with(self.start.layers)
+        layers = describe_layers(self.start.layers)
+        return {"checkpoint": str(self.start.path), **layers, "context": context}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the count of samples, and the layers of the last step that was trained."""
@@ -362,17 +364,7 @@ class LanguageModule(LightningModule, ABC):
 class ContinualPretrain(LanguageModule):
     """Next-token prediction on packed documents, from a checkpoint or from random weights."""
 
-    def context(self, window: int | None) -> int | None:
-        """Return the window: whole ones were read."""
-        return window
-
 
 @final
 class SFT(LanguageModule):
     """Next-token prediction on conversations; `FinetuneData` says which targets count how much."""
-
-    def context(self, window: int | None) -> int | None:
-        """Return the checkpoint's context where it is larger: short chats take none away."""
-        if window is not None and self.start is not None and self.layers == self.start.layers:
-            return max(window, self.start.trained_context)
-        return window

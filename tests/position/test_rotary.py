@@ -227,7 +227,7 @@ def test_longrope_leaves_the_first_places_alone():
 
 
 def test_longrope_needs_a_factor_per_pair():
-    with pytest.raises(ValueError, match="needs 32 factors for head_dim 64, got 16"):
+    with pytest.raises(ValueError, match="short_factor must be 32 numbers for head_dim 64; got 16"):
         schemes()["LongRoPE"].frequencies(64)
 
 
@@ -272,6 +272,10 @@ def test_attention_factors_of_the_literature():
 
 
 @pytest.mark.parametrize("scheme", [DynamicNTK, YaRN, Llama3])
-def test_the_original_context_must_be_given(scheme):
-    with pytest.raises(ValueError, match="original_context is missing"):
-        scheme(factor=4)
+def test_the_original_context_must_be_known_before_anything_is_computed(scheme):
+    alone = scheme(factor=4)
+    message = f"{scheme.__name__}'s original_context is missing"
+    with pytest.raises(ValueError, match=message):
+        alone.frequencies(32)
+    with pytest.raises(ValueError, match=message):
+        alone.encode(torch.arange(4)[None], 32)
