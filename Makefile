@@ -1,10 +1,10 @@
-# make quickstart | sft_quickstart | test | slow | check | clean — everything happens in .venv
+# make quickstart | sft_quickstart | test | slow | cases | check | clean — everything happens in .venv
 PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
 BIN = .venv/bin
 RUN = $(BIN)/lit_longctx
 
-.PHONY: quickstart sft_quickstart test slow check venv clean
+.PHONY: quickstart sft_quickstart test slow cases check venv clean
 
 # one install for everything: `make test` after `make quickstart` finds nothing left to do
 venv: .venv/installed
@@ -37,6 +37,9 @@ test: venv
 
 slow: venv
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1200
+
+cases: venv
+	$(BIN)/python tests/test_cases.py
 
 check: venv
 	$(BIN)/ruff format --check .

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 
 from lit_longctx.batch import Documents
 
@@ -89,9 +91,11 @@ class Segments:
         self.begins: list[int] = []
         """First key of each stretch."""
         self.masks: list[Tensor | None] = []
-        """Dense mask of a stretch; None where it is one document, causal from its first token."""
+        """Mask of a stretch; None where it is one document, causal from its first token."""
         self.gather: Int[Tensor, " keys"] | None = None
-        """Keys of all stretches; None where the stretches follow each other."""
+        """Keys of all stretches, where these overlap a little."""
+        self.views = False
+        """Whether stretches overlap so much that each is cut out by itself."""
 
     def add(self, num_queries: int, begin: int, num_keys: int, mask: Tensor | None) -> None:
         """Append a stretch."""
@@ -103,7 +107,9 @@ class Segments:
     def close(self, num_keys: int, device: torch.device) -> "Segments":
         """Decide how keys are cut, now that all stretches are known."""
         ends = list(accumulate(self.keys, initial=0))
-        if [*self.begins, num_keys] != ends:
+        if ends[-1] > 3 * num_keys:
+            self.views = True
+        elif [*self.begins, num_keys] != ends:
             ranges = [torch.arange(b, b + n) for b, n in zip(self.begins, self.keys, strict=True)]
             self.gather = torch.cat(ranges).to(device)
         return self
@@ -111,6 +117,8 @@ class Segments:
     def split(self, x: Float[Tensor, "batch keys kv_heads dim"]) -> Sequence[Tensor]:
         """Cut keys or values into stretches; one gradient buffer serves all of them."""
         x = x.flatten(0, 1)
+        if self.views:
+            return [x[begin : begin + n] for begin, n in zip(self.begins, self.keys, strict=True)]
         return (x if self.gather is None else x.index_select(0, self.gather)).split(self.keys)
 
 
@@ -118,10 +126,12 @@ class SDPA(AttentionBackend):
     """torch's scaled_dot_product_attention, called per document: costs Σ len², never (Σ len)².
 
     Short documents share a call of at most `together` tokens with a dense mask, which is cheaper
-    than a call each. Longer documents than a window are cut into blocks of queries: Σ len·window.
+    than a call each. Queries whose keys are more than they (a window, a cache, context parallelism)
+    are cut into blocks, so that no mask is larger than a block's.
     """
 
     together = 256
+    """Most tokens of a call with a dense mask, and of a block of queries."""
 
     def prepare(
         self, queries: Documents, keys: Documents, window: int | None = None
@@ -134,7 +144,10 @@ class SDPA(AttentionBackend):
             window = None
         whole = len(queries.boundaries) == len(keys.boundaries) == batch + 1
         if whole and window is None:
-            return None if num_queries == num_keys else aligned(num_queries, num_keys, device)
+            if num_queries == num_keys:
+                return None
+            if num_queries <= self.together:
+                return aligned(num_queries, num_keys, device)
         segments = Segments()
         sizes = (documents.boundaries.diff().tolist() for documents in (queries, keys))
         group: list[int] = []
@@ -146,8 +159,8 @@ class SDPA(AttentionBackend):
                 group = []
             if alike and (window is None or num_keys <= max(window, self.together)):
                 group.append(num_queries)
-            elif window is None or num_keys <= window:
-                mask = aligned(num_queries, num_keys, device)
+            elif device.type == "cuda" and (window is None or num_keys <= window):
+                mask = causal_lower_right(num_queries, num_keys)
                 segments.add(num_queries, begin, num_keys, mask)
             else:
                 self._blocks(segments, num_queries, begin, num_keys, window, device)
@@ -179,20 +192,20 @@ class SDPA(AttentionBackend):
         num_queries: int,
         begin: int,
         num_keys: int,
-        window: int,
+        window: int | None,
         device: torch.device,
     ) -> None:
-        """Cut a document's queries into blocks, each with the keys that its windows reach."""
-        masks: dict[tuple[int, int], Tensor] = {}
-        size = max(window, self.together)
+        """Cut a document's queries into blocks, each with the keys that it reaches."""
+        size = max(window or 0, self.together)
         past = num_keys - num_queries
+        reach = num_keys if window is None else min(num_keys, window - 1 + size)
+        mask = aligned(min(size, num_queries), reach, device, window)  # blocks are its corners
         for first in range(0, num_queries, size):
             last = min(first + size, num_queries)
-            reach = max(0, past + first - window + 1)
-            shape = (last - first, past + last - reach)
-            if shape not in masks:  # all blocks but the first and last share one
-                masks[shape] = aligned(*shape, device, window)
-            segments.add(shape[0], begin + reach, shape[1], masks[shape])
+            unseen = 0 if window is None else max(0, past + first - window + 1)
+            keys = past + last - unseen
+            corner = mask[len(mask) - (last - first) :, reach - keys :]
+            segments.add(last - first, begin + unseen, keys, corner)
 
     def attend(
         self, q: Heads, k: KVHeads, v: Values, mask: Any, scale: float
@@ -204,13 +217,19 @@ class SDPA(AttentionBackend):
             out = _sdpa(q, k, v, mask, scale)
         else:
             parts = (q.flatten(0, 1).split(mask.queries), mask.split(k), mask.split(v))
+            stretch = _recomputed_sdpa if mask.views and torch.is_grad_enabled() else _sdpa
             flat = [
-                _sdpa(q[None], k[None], v[None], m, scale)[0]
+                stretch(q[None], k[None], v[None], m, scale)[0]
                 for q, k, v, m in zip(*parts, mask.masks, strict=True)
                 if len(q)
             ]
             out = torch.cat(flat).view(q.shape)
         return out[..., :value_dim]
+
+
+def _recomputed_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Keep neither a mask in floats nor repeated heads for backward: blocks × keys of both."""
+    return checkpoint(_sdpa, q, k, v, mask, scale, use_reentrant=False, preserve_rng_state=False)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -338,12 +357,15 @@ class FlexAttention(AttentionBackend):
         """Build the block-sparse mask of same-document, not-later, near enough pairs."""
         batch, num_queries = queries.ids.shape
         num_keys = keys.ids.shape[1]
-        past = num_keys - num_queries
-
         window = num_keys if window is None else window
+        past = keys.boundaries.diff() - queries.boundaries.diff()
+        query_document, query_place = _places(queries, past)
+        key_document, key_place = _places(keys, torch.zeros_like(past))
         return self.create_block_mask(
             lambda b, h, i, j: (
-                (queries.ids[b, i] == keys.ids[b, j]) & (i + past >= j) & (i + past - j < window)
+                (query_document[b, i] == key_document[b, j])
+                & (query_place[b, i] >= key_place[b, j])
+                & (query_place[b, i] - key_place[b, j] < window)
             ),
             batch,
             None,
@@ -366,3 +388,19 @@ class FlexAttention(AttentionBackend):
             q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         return out.transpose(1, 2)[..., :value_dim]
+
+
+def _places(
+    documents: Documents, first: Int[Tensor, " documents"]
+) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+    """Return each token's document, numbered over all rows, and place in it, counted from `first`.
+
+    Queries and keys of a document are compared by them, also where each has another past.
+    """
+    sizes = documents.boundaries.diff().long()
+    tokens = documents.ids.numel()
+    numbers = torch.arange(len(sizes), device=sizes.device)
+    number = numbers.repeat_interleave(sizes, output_size=tokens)
+    begins = (documents.boundaries[:-1] - first)[number]
+    place = torch.arange(tokens, device=sizes.device) - begins
+    return number.view(documents.ids.shape), place.view(documents.ids.shape)

@@ -79,6 +79,30 @@ def one_document(batch: int, seq: int, device: torch.device | None = None) -> Do
     )
 
 
+def pad_rows(batch: Batch, multiple: int) -> Batch:
+    """Lengthen rows to a multiple of so many tokens, by a document of padding without targets."""
+    rows, seq = batch.input_ids.shape
+    extra = -seq % multiple
+    if not extra:
+        return batch
+    starts = torch.zeros(rows * seq, dtype=torch.bool, device=batch.input_ids.device)
+    starts[batch.documents.boundaries[:-1].long()] = True
+    starts = torch.nn.functional.pad(starts.view(rows, seq), (0, extra))
+    starts[:, seq] = True
+    places = torch.arange(extra, device=starts.device, dtype=batch.position_ids.dtype)
+
+    def padded(x: Tensor, value: int) -> Tensor:
+        return torch.nn.functional.pad(x, (0, extra), value=value)
+
+    return batch._replace(
+        input_ids=padded(batch.input_ids, 0),
+        labels=padded(batch.labels, NO_TARGET),
+        loss_weights=padded(batch.loss_weights, 0),
+        position_ids=torch.cat([batch.position_ids, places.expand(rows, -1)], dim=1),
+        documents=documents_from_starts(starts),
+    )
+
+
 def pack(
     windows: Int[Tensor, "batch window"],
     bos: int,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from lit_longctx import hugging_face, manifest, meta, parameters, readers
+from lit_longctx import hub, hugging_face, manifest, meta, parameters, readers
 from lit_longctx import position as schemes
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.companions import (
@@ -183,7 +183,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Open a Hugging Face folder, a run folder, one of its checkpoints, or Meta's.
+    """Open a Hugging Face folder, a run folder, one of its checkpoints, Meta's, or a Hub name.
 
     Of our own checkpoints, the description is checked and the sizes of the files, not yet their
     hashes: this happens on every process before they know each other. Of a run folder it is the
@@ -193,6 +193,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         ValueError: There is no model in the folder, or it is torn.
     """
     path = Path(folder)
+    if hub.is_name(str(folder)):
+        path = hub.folder(str(folder), hub.MODEL_FILES)
+        say(f"{folder}: {path}")
     if path.is_dir() and path.name.startswith("step-"):
         try:
             return _opened(path)

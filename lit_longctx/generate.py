@@ -15,6 +15,10 @@ from lit_longctx.batch import NO_TARGET, Batch, one_document
 from lit_longctx.cache import Cache
 from lit_longctx.checkpoint import open_checkpoint
 from lit_longctx.companions import list_of
+from lit_longctx.data.chat_template import ChatTemplate
+from lit_longctx.data.chats import Message
+from lit_longctx.data.documents import SURROGATE
+from lit_longctx.data.special_tokens import AddBos
 from lit_longctx.data.tokenizer import Tokenizer, open_tokenizer
 from lit_longctx.model import Llama, chosen_device
 
@@ -253,6 +257,18 @@ class Pieces:
         return text[:certain]
 
 
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Return the ids of a prompt that begins a document; ValueError if it is no text."""
+    if not prompt:
+        raise ValueError("expected a prompt; got an empty one; give some text to continue")
+    if lone := SURROGATE.search(prompt):
+        raise ValueError(
+            f"expected a prompt in UTF-8; got the lone surrogate {lone[0]!a} at character "
+            f"{lone.start()}; remove it"
+        )
+    return [*tokenizer.prefix, *tokenizer.encode([prompt])[0].tolist()]
+
+
 def ends_of(llama: Llama, tokenizer: Tokenizer) -> list[int]:
     """Return every token that ends a text: the tokenizer's EOS, and the generation config's."""
     return sorted({tokenizer.eos, *(llama.start.ends if llama.start else ())})
@@ -261,23 +277,26 @@ def ends_of(llama: Llama, tokenizer: Tokenizer) -> list[int]:
 def stream(
     llama: Llama,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     seed: int = 0,
     stop: Sequence[str] = (),
     prefill_tokens: int = 1024,
+    ends: Sequence[int] = (),
 ) -> Iterator[list[str]]:
     """Yield what each new token adds to the text of each prompt, until all have ended.
 
-    A row ends with any EOS of the generation config, with the first of the `stop` strings that its
+    Prompts are texts that begin a document, or ids as they are. A row ends with any EOS of the
+    generation config or a token of `ends`, with the first of the `stop` strings that its
     continuation completes (across tokens too; it is left out), or after max_new_tokens; its pieces
     are empty from then on. See `decode` for the rest.
     """
-    if not all(prompts):
-        raise ValueError("expected a prompt; got an empty one; give some text to continue")
-    encoded = [[tokenizer.bos, *ids.tolist()] for ids in tokenizer.encode(prompts)]
-    ends = ends_of(llama, tokenizer)
+    encoded = [
+        prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+        for prompt in prompts
+    ]
+    ends = [*ends_of(llama, tokenizer), *ends]
     rows = [Pieces(tokenizer, ids, stop, ends) for ids in encoded]
     given = [torch.tensor(ids, device=llama.head_weight.device) for ids in encoded]
     for tokens in decode(llama, given, max_new_tokens, sampling, ends, seed, prefill_tokens):
@@ -294,6 +313,10 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
     tokenizer: str | None = None,
+    add_bos: AddBos = "auto",
+    chat: bool = False,
+    system: str | None = None,
+    chat_template: str | None = None,
     top_k: int | None = None,
     top_p: float = 1.0,
     stop: list[str] | str | None = None,
@@ -302,15 +325,21 @@ def generate_text(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
 ) -> str:
-    """Continue a prompt and print it, the continuation as it comes.
+    """Continue a prompt and print it, the continuation as it comes; or answer it as a chat does.
 
     Args:
-        checkpoint: Run folder or Hugging Face folder.
-        prompt: Text to continue; it begins a document. `-` reads it from standard input.
+        checkpoint: Run folder, Hugging Face folder, or Hub name (org/name, org/name@revision).
+        prompt: Text to continue, which begins a document; in a chat, what the user says. `-` reads
+            it from standard input.
         max_new_tokens: Most tokens to add.
         temperature: 0 for the likeliest token each time; higher is more random.
         seed: Decides the random choices.
         tokenizer: `bytes` or a tokenizer.json; default: the checkpoint's own.
+        add_bos: Whether the prompt begins with BOS; `auto`: as `transformers` has it of the
+            tokenizer's files.
+        chat: Put the prompt into the checkpoint's chat template and print the answer alone.
+        system: System prompt of the chat.
+        chat_template: Jinja file, or `plain` for one of ours; default: the tokenizer's own.
         top_k: Draw from so many of the likeliest tokens; default: all.
         top_p: Draw from the fewest likeliest tokens that have this probability.
         stop: Text, or list of texts, before which the continuation ends.
@@ -324,16 +353,42 @@ def generate_text(
     own = tokenizer or start.tokenizer
     if own is None:
         raise ValueError(f"{checkpoint} has no tokenizer; pass --tokenizer")
-    coder = open_tokenizer(str(own))
-    llama = start.load(chosen_device(device), getattr(torch, dtype), attn_implementation).eval()
+    coder = open_tokenizer(str(own), add_bos=add_bos)
+    template = template_of(coder, chat, system, chat_template)
     if prompt == "-":
         prompt = sys.stdin.read()
+        prompt = prompt.removesuffix("\n") if chat else prompt
+    given = asked(template, prompt, system) if template else prompt
+    ends = [template.end_of_turn] if template else []
+    llama = start.load(chosen_device(device), getattr(torch, dtype), attn_implementation).eval()
     stops = [stop] if isinstance(stop, str) else stop or []
-    pieces = stream(llama, coder, [prompt], max_new_tokens, sampling, seed, stops, prefill_tokens)
-    text = prompt + next(pieces)[0]  # before anything is printed, so that an error stands alone
+    pieces = stream(
+        llama, coder, [given], max_new_tokens, sampling, seed, stops, prefill_tokens, ends
+    )
+    return printed("" if chat else prompt, (piece for (piece,) in pieces))
+
+
+def printed(text: str, pieces: Iterator[str]) -> str:
+    """Print a text and what follows, piece by piece; return all of it."""
+    text += next(pieces)  # before anything is printed, so that an error stands alone
     print(text, end="", flush=True)
-    for (piece,) in pieces:
+    for piece in pieces:
         print(piece, end="", flush=True)
         text += piece
     print()
     return text
+
+
+def template_of(
+    tokenizer: Tokenizer, chat: bool, system: str | None, chat_template: str | None
+) -> ChatTemplate | None:
+    """Return the chat template if there is to be a chat; ValueError if only its settings are."""
+    if not chat and (system or chat_template):
+        raise ValueError("expected --chat true with a system prompt or a chat template; add it")
+    return ChatTemplate(tokenizer, chat_template) if chat else None
+
+
+def asked(template: ChatTemplate, prompt: str, system: str | None) -> list[int]:
+    """Return the ids of a chat that begins with what the user says, perhaps a system prompt."""
+    said = [Message("system", system)] if system else []
+    return template.prompt([*said, Message("user", prompt)]).tolist()

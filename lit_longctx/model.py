@@ -224,9 +224,9 @@ class Llama(nn.Module):
         source.advance(batch)
         return self.model.norm(x)
 
-    def forward(self, batch: Batch) -> Float[Tensor, "batch seq"]:
+    def forward(self, batch: Batch, source: KeySource = OWN) -> Float[Tensor, "batch seq"]:
         """Nats of each target, float32, 0 where there is none; backward recomputes the head."""
-        hidden = self.hidden(batch).flatten(0, 1)
+        hidden = self.hidden(batch, source).flatten(0, 1)
         return token_nats(hidden, self.head_weight, batch.labels.flatten()).view(batch.labels.shape)
 
     def loss(
@@ -238,9 +238,11 @@ class Llama(nn.Module):
         loss, nats = weighted_loss(hidden, self.head_weight, labels, weights)
         return loss, nats.view(batch.labels.shape)
 
-    def hits(self, batch: Batch) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+    def hits(
+        self, batch: Batch, source: KeySource = OWN
+    ) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
         """(nats, whether each target is the likeliest token), without gradient."""
-        hidden, labels = self.hidden(batch).flatten(0, 1), batch.labels
+        hidden, labels = self.hidden(batch, source).flatten(0, 1), batch.labels
         nats, hits = token_hits(hidden, self.head_weight, labels.flatten())
         return nats.view(labels.shape), hits.view(labels.shape)
 

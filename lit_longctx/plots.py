@@ -23,10 +23,35 @@ def _plain(axes: Axes) -> Axes:
     return axes
 
 
+def _tokens(axes: Axes, ticks: Sequence[int], zero: float | None = None) -> None:
+    """Make x a logarithmic axis of tokens with ticks that do not overprint; the last one stays.
+
+    Args:
+        axes: Where to.
+        ticks: Tokens, growing; one that stands less than an eighth of the width before a later one
+            that has a tick has none.
+        zero: Where 0 tokens stand, which a logarithm knows not.
+    """
+    left = ticks[0] if zero is None else zero
+    apart = (ticks[-1] / left) ** (1 / 8)
+    kept = [ticks[-1]]
+    for tick in reversed(ticks[:-1]):
+        if tick * apart <= kept[-1]:
+            kept.append(tick)
+    axes.set_xscale("log", base=2)
+    axes.minorticks_off()
+    begin = [] if zero is None else [zero]
+    axes.set_xticks([*begin, *kept], ["0" for _ in begin] + [f"{tick:,}" for tick in kept])
+    axes.set_xlim(left=zero)
+
+
 def loss_by_position(
     edges: Sequence[int], curves: Mapping[str, Sequence[float]], trained: int | None = None
 ) -> Figure:
     """Draw mean nats against the tokens that came before, one line per checkpoint.
+
+    Each value stands in the geometric middle of its bucket; the first, which begins at 0, is as
+    wide as if it were the half below its end.
 
     Args:
         edges: Bucket edges in tokens, one more than values.
@@ -34,15 +59,15 @@ def loss_by_position(
         trained: Context of the first checkpoint, drawn as a vertical line.
     """
     figure, axes = _axes()
-    middles = [(max(low, 1) * high) ** 0.5 for low, high in pairwise(edges)]
+    zero = edges[1] / 2
+    middles = [(max(low, zero) * high) ** 0.5 for low, high in pairwise(edges)]
     for name, values in curves.items():
         axes.plot(middles, values, marker="o", label=name)
     if trained:
         axes.axvline(
             trained, color="grey", linestyle="--", linewidth=1, label=f"{trained:,} tokens"
         )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(edges[1:]), [f"{edge:,}" for edge in edges[1:]])
+    _tokens(axes, edges[1:], zero)
     axes.set_xlabel("tokens of the document before")
     axes.set_ylabel("held-out loss (nats per token)")
     axes.legend(frameon=False)
@@ -172,9 +197,10 @@ def perplexity(windows: Sequence[int], curves: Mapping[str, Sequence[float]]) ->
     """
     figure, axes = _axes()
     for name, values in curves.items():
-        axes.plot(windows, values, marker="o", label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(windows), [f"{window:,}" for window in windows])
+        axes.plot(
+            *zip(*sorted(zip(windows, values, strict=True)), strict=True), marker="o", label=name
+        )
+    _tokens(axes, sorted(windows))
     axes.set_xlabel("window (tokens)")
     axes.set_ylabel("perplexity (per token)")
     axes.legend(frameon=False)

@@ -120,7 +120,8 @@ def test_a_window_costs_length_times_window_and_one_mask():
     segments = SDPA().prepare(documents, documents, 512)
     products = sum(q * k for q, k in zip(segments.queries, segments.keys, strict=True))
     assert products < 2.1 * 100_000 * 512
-    assert len({id(mask) for mask in segments.masks}) == 3  # the first, the inner, the last block
+    storages = {mask.untyped_storage().data_ptr() for mask in segments.masks}
+    assert len(storages) == 1  # every block's mask is a corner of the same
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "varlen"])

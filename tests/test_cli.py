@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from training import runs
 
 from lit_longctx import manifest
@@ -111,6 +113,7 @@ def test_a_verb_refuses_in_one_line(arguments: list[str], culprits: list[str], t
     assert all(culprit in message for culprit in culprits), message
 
 
+WARMUP = ["--model.init_args.schedule.init_args.warmup_steps"]
 WINDOW, BATCH_TOKENS = ["--data.init_args.window"], ["--data.init_args.batch_tokens"]
 
 
@@ -147,6 +150,10 @@ WINDOW, BATCH_TOKENS = ["--data.init_args.window"], ["--data.init_args.batch_tok
         (["--trainer.max_steps", -1], ["max_steps"]),
         (["--ckpt_path", "nowhere"], ["checkpoint nowhere does not exist"]),
         (["--checkpoints.keep", 0], ["keep 0"]),
+        (["--checkpoints.every_n_steps", 0], ["checkpoints.every_n_steps 0 must be 1 or more"]),
+        (["--progress.every_n_steps", 0], ["progress.every_n_steps 0 must be 1 or more"]),
+        ([*WARMUP, -5], ["warmup_steps -5", "0 or more"]),
+        ([*WARMUP, 31], ["warmup_steps 31", "30 steps"]),
         (["--optimizer", "SGD"], ["--optimizer"]),
         (["--model.init_args.learning_rate", 1e30], ["step 1", "samples 8 to 15", "as before"]),
     ],
@@ -220,10 +227,13 @@ def hugging_face(tmp_path: Path) -> Path:
     return export_pretrained(llama, tmp_path / "hugging_face")
 
 
+ONE_STEP = ["--trainer.max_steps", 1, "--model.init_args.schedule.init_args.warmup_steps", 0]
+
+
 def start_from(checkpoint: Path, folder: Path, *options: Any, ranks: int = 1) -> runs.Ran:
     """Train one step from a checkpoint."""
     start = ["--model.init_args.config", "null", "--model.init_args.checkpoint", checkpoint]
-    return runs.fit(folder, *start, "--trainer.max_steps", 1, *options, ranks=ranks)
+    return runs.fit(folder, *start, *ONE_STEP, *options, ranks=ranks)
 
 
 def theta_in(folder: Path) -> float:
@@ -282,6 +292,7 @@ def test_theta_of_a_config_file_left_open_is_the_checkpoints(
     content["model"]["init_args"]["checkpoint"] = str(hugging_face)
     del content["model"]["init_args"]["config"]
     content["trainer"]["max_steps"] = 1
+    content["model"]["init_args"]["schedule"]["init_args"]["warmup_steps"] = 0
     content["trainer"]["default_root_dir"] = str(tmp_path / "run")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
     runs.run("fit", "--config", tmp_path / "run.yaml", folder=tmp_path).succeeded()
@@ -381,14 +392,36 @@ def test_metrics_have_the_contracts_names():
     held_out = {"val/loss", "val/ppl", "val/loss_len/256", *buckets}
     by_source = {"val/loss_source/prose", "val/loss_source/code"}
     speed = {"perf/tokens_per_s_per_gpu", "perf/data_wait_pct"}
-    assert set(tags) == every_step | held_out | by_source | speed | {"epoch"}
+    assert set(tags) == every_step | held_out | by_source | speed
     seen = runs.witnessed(runs.alone().folder)
     for name in every_step:
         values = [getattr(seen[step], name.removeprefix("train/")) for step in sorted(seen)]
-        assert tags[name] == list(enumerate(values))
-    assert tags["train/tokens"][-1] == (29, 30 * runs.BATCH * runs.WINDOW)
+        assert tags[name] == list(enumerate(values, 1))
+    assert tags["train/tokens"][-1] == (30, 30 * runs.BATCH * runs.WINDOW)
     perplexity, loss = tags["val/ppl"][-1][1], tags["val/loss"][-1][1]
     assert perplexity == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-6)
+
+
+def test_loggers_hold_the_runs_settings():
+    folder = runs.alone().folder
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert yaml.safe_load((folder / "hparams.yaml").read_text()) == settings
+    events = EventAccumulator(str(folder)).Reload()
+    content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    shown = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert shown["model.init_args.learning_rate"].number_value == 3e-3
+    assert shown["data.init_args.sources.prose.weight"].number_value == 0.75
+    assert shown["model.class_path"].string_value.endswith(".ContinualPretrain")
+
+
+def test_what_a_run_never_reaches_is_said_at_its_start(tmp_path: Path):
+    rare = ["--trainer.val_check_interval", 7, "--checkpoints.every_n_steps", 500]
+    ran = runs.fit(tmp_path, "--trainer.max_steps", 6, *rare).succeeded()
+    before, _, _ = ran.out.partition("step 1/6")
+    assert before.splitlines()[2:] == [
+        "validation: never, as val_check_interval is 7 steps and the run ends at step 6",
+        "checkpoints: none before the end at step 6, as every_n_steps is 500",
+    ]
 
 
 @pytest.mark.parametrize(("verb", "prefix"), [("validate", "val"), ("test", "test")])
@@ -400,10 +433,11 @@ def test_a_checkpoint_measured_alone_gives_what_fit_logged(verb: str, prefix: st
     logged = runs.scalars(runs.alone().folder)
     found = runs.scalars(tmp_path)
     held_out = {name for name in logged if name.startswith("val/")}
-    assert set(found) == {f"{prefix}/{name.removeprefix('val/')}" for name in held_out} | {"epoch"}
+    assert set(found) == {f"{prefix}/{name.removeprefix('val/')}" for name in held_out}
     for name in held_out:
-        ((_, value),) = found[f"{prefix}/{name.removeprefix('val/')}"]
-        assert value == dict(logged[name])[19]
+        ((step, value),) = found[f"{prefix}/{name.removeprefix('val/')}"]
+        assert (step, value) == (20, dict(logged[name])[20])
+    assert f"step 20  held-out loss {dict(logged['val/loss'])[20]:.4f}" in ran.out
 
 
 def test_there_is_nothing_to_validate_in_an_empty_run_folder(tmp_path: Path):
@@ -418,11 +452,11 @@ def test_later_config_files_and_options_win(hugging_face: Path, tmp_path: Path):
         yaml.safe_dump({"model": {"init_args": {**start, "weight_decay": 0.2}}})
     )
     second = ["--config", tmp_path / "second.yaml", "--model.init_args.learning_rate", 2e-4]
-    runs.fit(tmp_path / "run", *second, "--trainer.max_steps", 1).succeeded()
+    runs.fit(tmp_path / "run", *second, *ONE_STEP).succeeded()
     content = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     found = content["model"]["init_args"]
     assert (found["learning_rate"], found["weight_decay"]) == (2e-4, 0.2)
-    assert found["schedule"]["init_args"]["warmup_steps"] == 5
+    assert found["schedule"]["init_args"] == {"warmup_steps": 0, "final": 0.1}
     assert theta_in(tmp_path / "run") == 5e5
 
 
@@ -444,7 +478,8 @@ def test_a_run_prints_nothing_but_its_progress():
         "position: RoPE(theta=10000.0)",
     ]
     steps = [line for line in lines if re.match(r"step \d+/30  loss \d\.\d{4}  grad ", line)]
-    assert [line.split("/")[0] for line in steps] == ["step 10", "step 20", "step 30"]
+    assert [line.split("/")[0] for line in steps] == ["step 1", "step 10", "step 20", "step 30"]
+    assert all(re.search(r"  ETA \d:\d\d:\d\d$", line) for line in steps)
     assert lines[-1] == f"wrote {ran.folder} (checkpoint step-00000030)"
 
 
@@ -500,9 +535,13 @@ def test_evaluate_reads_its_options_from_a_file(tmp_path: Path):
         "output": str(tmp_path / "evaluation"),
         "window": 512,
         "windows": 3,
+        "positions": ["NoPE", {"class_path": "RoPE", "init_args": {"theta": 5e5}}],
     }
     (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(options))
     ran = runs.run("evaluate", "--config", tmp_path / "evaluate.yaml").succeeded()
     assert ran.err == ""
     assert f"wrote {tmp_path}/evaluation/results.json" in ran.out
     assert os.path.getsize(tmp_path / "evaluation" / "loss_by_position.png") > 1000
+    own = runs.alone().folder
+    others = (f"{own} {scheme} | Δ [95 %]" for scheme in ("NoPE()", "RoPE(theta=500000.0)"))
+    assert f"| tokens before | targets | {own} | {' | '.join(others)} |" in ran.out

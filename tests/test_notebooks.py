@@ -50,6 +50,7 @@ def two_steps(folder: Path, data: Path, window: int) -> dict[str, object]:
     read = rows | {"held_out_windows": 2, "sources.stdlib.folder": data}
     trainer = {"default_root_dir": folder, "max_steps": 2, "val_check_interval": 2}
     named = {f"data.init_args.{name}": value for name, value in read.items()}
+    named["model.init_args.schedule.init_args.warmup_steps"] = 0
     return named | {f"trainer.{name}": value for name, value in trainer.items()}
 
 

@@ -1,19 +1,25 @@
-"""Byte streams, .gz and .zst unpacked on the way; a cut-off archive is an error."""
+"""Byte streams, .gz, .zst, .xz and .bz2 unpacked on the way; a cut-off archive is an error."""
 
+import bz2
 import gzip
+import lzma
 import zlib
 from io import BufferedIOBase, BufferedReader, RawIOBase
 
 import zstandard
 
-ARCHIVE_ERRORS = (OSError, EOFError, zstandard.ZstdError, zlib.error)
+ARCHIVE_ERRORS = (OSError, EOFError, zstandard.ZstdError, zlib.error, lzma.LZMAError)
 """What reading a broken archive raises."""
 
 
 def unpacked(file: BufferedIOBase, packing: str) -> BufferedIOBase:
-    """Return the stream inside an open file: packed as `.gz` or `.zst`, else the file itself."""
+    """Return the stream inside an open file, by its packing's ending; "": the file itself."""
     if packing == ".gz":
         return gzip.GzipFile(fileobj=file)  # pyright: ignore
+    if packing == ".xz":
+        return lzma.LZMAFile(file)  # pyright: ignore
+    if packing == ".bz2":
+        return bz2.BZ2File(file)  # pyright: ignore
     if packing == ".zst":
         return BufferedReader(ZstandardFrames(file), 2**20)
     return file

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Integer
 
 from lit_longctx.data.chats import Conversation, Malformed, Message, Rendered
+from lit_longctx.data.documents import unfit
 from lit_longctx.data.marked_text import MARK, mark, reader
 from lit_longctx.data.templates import compiled, find_template, one_line, variables
 from lit_longctx.data.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ class Piece(NamedTuple):
     text: str
     kind: str
     """`template`, `special` (one token of the template's, by its mark), `answer`, `document` or
-    `asked` (whatever else is said)."""
+    `asked` (whatever else is said, such as answers not to learn)."""
 
 
 @final
@@ -64,13 +65,16 @@ class ChatTemplate:
             raise ValueError(f"{place} cannot be trained on: {one_line(error)}") from None
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Return a conversation's ids, with BOS in front if the template writes none.
+        """Return a conversation's ids, with BOS in front if the tokenizer adds it.
 
-        An answer is the message, the whitespace that the template puts between the prompt for
-        generation and it, and the next special token, by which the model learns to stop. Where
-        there is none before the next message, it is the message alone; at the end EOS is added. A
-        token belongs to where its first character is that is no space. Within a conversation the
-        template may write BOS again (Llama 2 does): BOS does not tell where one begins.
+        If the template writes it too, there is one still.
+
+        An answer, if it is one to learn, is the message, the whitespace that the template puts
+        between the prompt for generation and it, and the next special token, by which the model
+        learns to stop. Where there is none before the next message, it is the message alone; at the
+        end EOS is added. A token belongs to where its first character is that is no space. Within a
+        conversation the template may write BOS again (Llama 2 does): BOS does not tell where one
+        begins.
 
         Raises:
             Malformed: The template refuses the messages, or does not show each as it is, but for
@@ -92,6 +96,19 @@ class ChatTemplate:
         unended = bool(said[-1]) and kinds[-1] != "special"
         return self._bordered(np.array(ids, dtype=np.int32), said[owners], inside, unended)
 
+    def prompt(self, messages: Sequence[Message]) -> Integer[np.ndarray, "tokens"]:
+        """Return the ids of messages and of what makes the assistant answer, as `render` has them.
+
+        Raises:
+            Malformed: As for `render`.
+        """
+        if broken := next((found for each in messages if (found := unfit(each.content))), None):
+            raise Malformed(broken.kind)
+        pieces = self._pieces(Conversation(tuple(messages), "prompt", ""), generation=True)
+        ids, _ = self._encode("".join(piece.text for piece in pieces))
+        begin = [] if ids[:1] == [self.tokenizer.bos] else self.tokenizer.prefix
+        return np.array([*begin, *ids], dtype=np.int32)
+
     def _bordered(
         self,
         ids: Integer[np.ndarray, "tokens"],
@@ -101,7 +118,7 @@ class ChatTemplate:
     ) -> Rendered:
         """Add BOS and EOS where they are missing; `inside` says which tokens are the document's."""
         bos, eos = self.tokenizer.bos, self.tokenizer.eos
-        added = (int(ids[0] != bos), int(unended))
+        added = (int(bool(self.tokenizer.prefix) and ids[0] != bos), int(unended))
         at = np.flatnonzero(np.pad(inside, added))
         return Rendered(
             np.pad(ids, added, constant_values=(bos, eos)),
@@ -120,7 +137,7 @@ class ChatTemplate:
         return said
 
     def _text(self, messages: Sequence[Message], generation: bool = False) -> str:
-        said = [message._asdict() for message in messages]
+        said = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self._template.render(
                 messages=said, add_generation_prompt=generation, **self.variables
@@ -145,9 +162,11 @@ class ChatTemplate:
         rest = whole.removeprefix(prompt) if whole.startswith(prompt) else ""
         return rest if rest.isspace() else ""
 
-    def _filled(self, messages: Sequence[Message]) -> Iterator[tuple[str, int | None]]:
+    def _filled(
+        self, messages: Sequence[Message], generation: bool
+    ) -> Iterator[tuple[str, int | None]]:
         """Yield the text in turns: the template's words, with None; a message, with its number."""
-        text, cut = self._text(messages), self._cut(messages)
+        text, cut = self._text(messages, generation), self._cut(messages, generation)
         yield cut[0], None
         at = len(cut[0])
         for number, words in zip(map(int, cut[1::2]), cut[2::2], strict=True):
@@ -162,20 +181,22 @@ class ChatTemplate:
         if at != len(text) or not text.startswith(cut[0]):
             raise Malformed("the chat template depends on what a message says")
 
-    def _pieces(self, conversation: Conversation) -> list[Piece]:
+    def _pieces(self, conversation: Conversation, generation: bool = False) -> list[Piece]:
         pieces: list[Piece] = []
         messages = conversation.messages
+        asked = next((i for i, message in enumerate(messages) if message.role == "user"), None)
         if any("\0" in message.content for message in messages):
             raise Malformed("NUL in text")
-        for text, number in self._filled(messages):
+        for text, number in self._filled(messages, generation):
             if number is None:
                 pieces += self._template_pieces(text)
-            elif messages[number].role == "assistant":
+            elif messages[number].role == "assistant" and messages[number].learnt:
                 pieces += led(pieces, self._lead), Piece(text, "answer")
             else:
-                document = 0 if number else conversation.document - messages[0].content.index(text)
-                pieces.append(Piece(text[: max(document, 0)], "document"))
-                pieces.append(Piece(text[max(document, 0) :], "asked"))
+                long = conversation.document if number == asked else 0
+                document = max(0, long - messages[number].content.index(text))
+                pieces.append(Piece(text[:document], "document"))
+                pieces.append(Piece(text[document:], "asked"))
         return [piece for piece in pieces if piece.text]
 
     def _template_pieces(self, words: str) -> Iterator[Piece]:

@@ -1,8 +1,8 @@
 """Documents as token ids → litdata chunk files, the documents' lengths and a token ledger.
 
-Tokens stand flat, BOS before and EOS after every document, cut into chunks of whole blocks, so that
-any window length that is a multiple of the block can be served and no chunk loses its tail. The
-last block is filled up with BOS, which is never a target.
+Tokens stand flat, EOS after every document and, where the tokenizer adds it, BOS before, cut into
+chunks of whole blocks, so that any window length that is a multiple of the block can be served and
+no chunk loses its tail. The last block is filled up with BOS, which is never a target.
 """
 
 from array import array
@@ -36,7 +36,8 @@ class Ledger:
     text_tokens: int = 0
     """Tokens of the documents' text."""
     boundary_tokens: int = 0
-    """One BOS and one EOS per document; of conversations, none: the chat template wrote them."""
+    """One EOS per document and, where documents begin with BOS, one BOS; of conversations, none:
+    the chat template wrote them."""
     padding: int = 0
     """BOS that fill the last block."""
     lengths: Counter[int] = field(default_factory=Counter)
@@ -49,14 +50,22 @@ class Ledger:
         """All tokens stored."""
         return self.text_tokens + self.boundary_tokens + self.padding
 
-    def count(self, length: int, boundaries: int = 2) -> None:
-        """Enter a document of `length` tokens, BOS and EOS included."""
+    def count(self, length: int, boundaries: int) -> None:
+        """Enter a document of `length` tokens, of which so many are BOS and EOS."""
         self.documents += 1
         self.text_tokens += length - boundaries
         self.boundary_tokens += boundaries
         bucket = max(edge for edge in BUCKETS if edge <= length)
         self.lengths[bucket] += 1
         self.length_tokens[bucket] += length
+
+
+def prefix(tokenizer: Mapping[str, Any]) -> list[int]:
+    """Return what documents begin with, by a manifest's description of a tokenizer: BOS or nothing.
+
+    Until `add_bos` was recorded, all began with BOS.
+    """
+    return [tokenizer["bos"]] if tokenizer.get("add_bos", True) else []
 
 
 class SplitWriter:
@@ -74,6 +83,7 @@ class SplitWriter:
     ) -> None:
         self.ledger = Ledger()
         self.bos, self.eos = tokenizer["bos"], tokenizer["eos"]
+        self.prefix = prefix(tokenizer)
         self.dtype = np.uint16 if tokenizer["vocab_size"] <= 2**16 else np.int32
         if chat:
             self.dtype = np.uint32
@@ -93,13 +103,13 @@ class SplitWriter:
 
     def add(self, ids: Ids) -> None:
         """Append a document."""
-        document = np.concatenate([[self.bos], ids, [self.eos]])
+        document = np.concatenate([self.prefix, ids, [self.eos]]).astype(np.int64)
         self.extend(document, [len(document)])
 
     def extend(self, tokens: Ids, lengths: Sequence[int]) -> None:
         """Append whole documents that stand one after the other, BOS and EOS included."""
         for length in lengths:
-            self.ledger.count(length)
+            self.ledger.count(length, boundaries=len(self.prefix) + 1)
         self.lengths.extend(lengths)
         self.largest_id = max(self.largest_id, int(tokens.max()))
         self._append(tokens.astype(self.dtype))

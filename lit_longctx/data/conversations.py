@@ -9,13 +9,13 @@ from jaxtyping import Bool, Int
 
 from lit_longctx.batch import NO_TARGET
 from lit_longctx.data.chat_template import ChatTemplate
-from lit_longctx.data.chats import FIELDS, Conversation, Malformed, Rendered, conversation
-from lit_longctx.data.documents import Unit
+from lit_longctx.data.chats import Conversation, Malformed, Rendered, conversation
+from lit_longctx.data.documents import Reader, Unit
 from lit_longctx.data.faults import Faults
-from lit_longctx.data.inputs import File, Names, files
+from lit_longctx.data.inputs import File, Names, Selection
 from lit_longctx.data.packing import best_fit
 from lit_longctx.data.rows import READERS
-from lit_longctx.data.saved_datasets import shards
+from lit_longctx.data.saved_datasets import input_files
 from lit_longctx.data.storage import ObjectStorage
 from lit_longctx.data.windows import ANSWER, Windows
 
@@ -23,22 +23,23 @@ TOGETHER = 2**14
 """Conversations that are packed and shuffled together."""
 
 
-def conversation_units(inputs: Sequence[str], largest: int) -> list[Unit]:
+def conversation_units(inputs: Sequence[str], reader: Reader, selection: Selection) -> list[Unit]:
     """Return what is read one after the other: every file of rows."""
     names, units = Names(), []
     for name in inputs:
-        for file in shards(files(name), name):
+        for file in input_files(name, selection):
             own = names.of(file.name, file.path)
-            units.append(Unit(own, partial(_conversations, file, own, largest)))
+            units.append(Unit(own, partial(_conversations, file, own, reader)))
     return units
 
 
-def _conversations(file: File, name: str, largest: int, faults: Faults) -> Iterator[Conversation]:
+def _conversations(file: File, name: str, reader: Reader, faults: Faults) -> Iterator[Conversation]:
     if file.kind not in READERS:
         raise ValueError(f"expected rows of conversations in {file.path}; got text; give jsonl")
-    for number, row in READERS[file.kind](file, FIELDS, largest):
+    labels = frozenset(reader.labels)
+    for number, row in READERS[file.kind](file, None, reader.largest):
         try:
-            found = conversation(row, f"{name}:{number}", name)
+            found = conversation(row, f"{name}:{number}", name, labels)
         except Malformed as reason:
             faults.add(str(reason), f"{file.path}:{number}")
         else:

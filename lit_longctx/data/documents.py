@@ -1,4 +1,4 @@
-"""Inputs → documents: jsonl (.gz, .zst), parquet, saved datasets, text folders, repositories.
+"""Inputs → documents: jsonl, parquet, saved datasets, text folders, repositories.
 
 What cannot be read is skipped, counted by kind and shown in the report; too much of it stops the
 run.
@@ -8,17 +8,21 @@ import re
 import sysconfig
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_longctx.data.archives import ARCHIVE_ERRORS, unpacked
 from lit_longctx.data.faults import Broken, Faults, broken_file
-from lit_longctx.data.inputs import File, Names, files
+from lit_longctx.data.inputs import File, Names, Selection
 from lit_longctx.data.repositories import STDLIB_LEAVES_OUT, repositories
 from lit_longctx.data.rows import PIECE, READERS
-from lit_longctx.data.saved_datasets import shards
+from lit_longctx.data.saved_datasets import input_files
+
+MOST_IDS = 2**21
+"""Ids of a file that are compared with those after them: 200 MB at most."""
+REPEATED = "id that another row of the file has; split by file and number"
 
 
 class Document(NamedTuple):
@@ -33,6 +37,10 @@ class Unit(NamedTuple):
 
     name: str
     read: Callable[[Faults], Iterator[Any]]
+    bytes: int = 0
+    """Size as it is stored; 0 where that is not known."""
+    plain: bool = False
+    """Whether it is stored as text, neither packed nor a table."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,11 @@ class Reader:
     text_field: str = "text"
     """Field of a row (jsonl, parquet, Arrow) that holds the text."""
     id_field: str = "id"
-    """Field that names the row; default for rows without it: file, below the input, and number."""
+    """Field that names the row. Rows without it, and those whose id an earlier row of the file has,
+    are named by file, below the input, and number."""
+    labels: list[str] = field(default_factory=list)
+    """Fields of conversations that change nothing of what is said, such as a rating, besides usual
+    ones such as source and category; a row with a field that is not read is refused."""
     largest: int = 2**28
     """Bytes a single document may have, as its line or file. Memory: twice that for ASCII, four
     times with characters such as curly quotes, eight with emoji (Python's 1, 2 or 4 bytes each)."""
@@ -50,21 +62,24 @@ class Reader:
     def documents(
         self, inputs: list[str], faults: Faults, part: int = 0, parts: int = 1
     ) -> Iterator[Document]:
-        """Yield the documents of all inputs, or of one share of their files; see `read_share`."""
-        return read_share(self.units(inputs), faults, part, parts)
+        """Yield the documents of all inputs, or of one share of their files; see `part_of`."""
+        for unit in part_of(self.units(inputs), part, parts):
+            yield from unit.read(faults)
 
-    def units(self, inputs: list[str]) -> list[Unit]:
+    def units(self, inputs: list[str], selection: Selection | None = None) -> list[Unit]:
         """Return what is read one after the other: a file, or all repositories of a `code:`."""
         names, units, roots = Names(), [], 0
+        selection = Selection() if selection is None else selection
         for name in inputs:
             if name == "stdlib" or name.startswith("code:"):
                 roots += 1
                 mark = f"#{roots}" if roots > 1 else ""
                 units.append(Unit(name, partial(self._code, name, mark)))
                 continue
-            for file in shards(files(name), name):
+            for file in input_files(name, selection):
                 own = names.of(file.name, file.path)
-                units.append(Unit(own, partial(self._file, file, own)))
+                read = partial(self._file, file, own)
+                units.append(Unit(own, read, file.bytes, file.is_plain))
         return units
 
     def _code(self, name: str, mark: str, faults: Faults) -> Iterator[Document]:
@@ -82,13 +97,18 @@ class Reader:
             yield from self._checked(whole_text(file, self.largest), name, file.path, faults)
             return
         number = 0
-        wanted = [self.text_field, self.id_field]
+        wanted, seen = [self.text_field, self.id_field], set[int]()
         for number, row in READERS[file.kind](file, wanted, self.largest):
             text, key = self._text_and_key(row)
-            if key in (None, ""):
-                key, where = f"{name}:{number}", f"{file.path}:{number}"
+            where = f"{file.path}:{number}"
+            if repeated := key not in (None, "") and hash(str(key)) in seen:
+                faults.note(REPEATED, where)
+            if repeated or key in (None, ""):
+                key = f"{name}:{number}"
             else:
                 key = where = str(key)
+                if len(seen) < MOST_IDS:
+                    seen.add(hash(key))
             yield from self._checked(text, key, where, faults)
             del row, text  # not to be held while the next is read
         if not number:
@@ -115,15 +135,11 @@ class Reader:
             yield Document(text, name)
 
 
-def read_share(units: Sequence[Unit], faults: Faults, part: int, parts: int) -> Iterator[Document]:
-    """Yield the documents of a share of the units, in a fixed order.
-
-    It is number `part` of `parts`; all shares, one after the other, are the whole.
-    """
+def part_of(units: Sequence[Unit], part: int, parts: int) -> Sequence[Unit]:
+    """Return number `part` of `parts` shares; all, one after the other, are the whole."""
     if parts > len(units):
         raise ValueError(f"{parts} parts are too many for {len(units)} files; use as many")
-    for unit in units[len(units) * part // parts : len(units) * (part + 1) // parts]:
-        yield from unit.read(faults)
+    return units[len(units) * part // parts : len(units) * (part + 1) // parts]
 
 
 def whole_text(file: File, largest: int) -> str | Broken:

@@ -27,6 +27,13 @@ class Faults:
     read: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What was odd, but read: count and first example of each kind."""
+
+    def note(self, kind: str, where: str) -> None:
+        """Count something odd that is no fault."""
+        found = self.notes.setdefault(kind, {"count": 0, "first": _printable(where[:200])})
+        found["count"] += 1
 
     def add(self, kind: str, where: str) -> None:
         """Count one broken document."""

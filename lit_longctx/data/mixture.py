@@ -180,7 +180,8 @@ def copy(
     writer = SplitWriter(folder / "train", before["tokenizer"], before["chunk_tokens"])
     for document in np.concatenate(chosen).tolist():
         begin = int(begins[document])
-        writer.add(windows.read(begin + 1, begin + int(lengths[document]) - 1))
+        first, end = begin + len(writer.prefix), begin + int(lengths[document]) - 1
+        writer.add(windows.read(first, end))
     writer.finish()
     for file in before["files"]:
         if file.startswith(("held_out/", "tokenizer/")):

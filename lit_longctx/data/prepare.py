@@ -7,28 +7,32 @@ joined.
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_longctx import manifest
+from lit_longctx import hub, manifest
 from lit_longctx.checkpoint import open_checkpoint
 from lit_longctx.companions import CHAT_TEMPLATE, GENERATION
 from lit_longctx.data.chat_template import ChatTemplate
 from lit_longctx.data.chunks import BLOCK, SPLITS, SplitWriter
 from lit_longctx.data.conversations import conversation_units, rendered, set_apart_by
 from lit_longctx.data.dependency import DependencyFilter, DependencyScorer
-from lit_longctx.data.documents import Document, Faults, Reader, Unit, read_share
+from lit_longctx.data.documents import Document, Faults, Reader, Unit, part_of
 from lit_longctx.data.encode import encoded
+from lit_longctx.data.inputs import Selection
 from lit_longctx.data.interleave import Interleave
+from lit_longctx.data.reading import Reading
 from lit_longctx.data.scale import Executor, in_parts
+from lit_longctx.data.special_tokens import AddBos
 from lit_longctx.data.tokenizer import (
     Ids,
     Tokenizer,
     check_tokenizer,
+    describe_borders,
     described,
     open_tokenizer,
     round_trip,
@@ -49,6 +53,7 @@ def prepare(
     chunk_tokens: int = 2**22,
     bos: str | None = None,
     eos: str | None = None,
+    add_bos: AddBos = "auto",
     reader: Reader = Reader(),
     tolerated: float = 0.01,
     filter: DependencyFilter | None = None,
@@ -62,18 +67,21 @@ def prepare(
     """Tokenise documents into OUTPUT/train and OUTPUT/held_out.
 
     Args:
-        input: File, folder, glob or URL, or a list of them (jsonl, parquet, text; .gz and .zst
-            too; what `Dataset.save_to_disk` wrote), `code:DIR` for repositories that lie side by
-            side, one document each, or `stdlib` for Python's own sources.
+        input: File, folder, glob or URL, or a list of them (jsonl, JSON arrays, parquet, text;
+            .gz, .zst, .xz and .bz2 too; what `Dataset.save_to_disk` wrote), `code:DIR` for
+            repositories that lie side by side, one document each, or `stdlib` for Python's own
+            sources.
         output: Folder to make; must not exist.
-        tokenizer: `bytes`, a tokenizer.json, a sentencepiece tokenizer.model or a folder that
-            holds one.
+        tokenizer: `bytes`, a tokenizer.json, a sentencepiece tokenizer.model, or a folder or Hub
+            name (org/name, org/name@revision) that holds one.
         source: Name of the source in reports; default: the output folder's name.
         held_out: Share of documents kept for evaluation, chosen by a hash of their names; of
             conversations, by that of their document or first question.
         chunk_tokens: Tokens per chunk file, a multiple of 256; windows cannot be longer.
         bos: Token that begins documents; default: tokenizer_config.json's.
         eos: Token that ends documents; default: tokenizer_config.json's.
+        add_bos: Whether documents begin with BOS; `auto`: if --bos names one, else as
+            `transformers` has it of the tokenizer's files.
         reader: Which fields of rows hold text and name, and the largest document.
         tolerated: Largest share of broken documents; above it nothing is written.
         filter: Keep only training documents whose long-dependency score is high enough.
@@ -108,6 +116,7 @@ class Preparation:
     chunk_tokens: int
     bos: str | None
     eos: str | None
+    add_bos: AddBos
     reader: Reader
     tolerated: float
     filter: DependencyFilter | None
@@ -154,6 +163,8 @@ class Stored(NamedTuple):
 
     units: list[Unit]
     """What was read, by name."""
+    selection: Selection
+    """Which files were taken and left."""
     round_trip: float = 1.0
     """Share of the first texts that come back exactly from their ids."""
     filtered: dict[str, Any] | None = None
@@ -162,7 +173,8 @@ class Stored(NamedTuple):
 
 def run(given: Preparation) -> dict[str, Any]:
     """Read the input, write the folder and return its manifest."""
-    coder = open_tokenizer(given.tokenizer, given.bos, given.eos)
+    coder = open_tokenizer(given.tokenizer, given.bos, given.eos, given.add_bos)
+    print(describe_borders(coder, given.chat))
     template = ChatTemplate(coder, given.chat_template) if given.chat else None
     faults = Faults(given.tolerated)
     with manifest.whole_folder(Path(given.output)) as folder:
@@ -190,16 +202,19 @@ def store_documents(
 ) -> Stored:
     """Write documents: read, encoded, held out by name, then filtered and interleaved."""
     scorer = opened_scorer(given.filter, described(coder)) if given.filter else None
-    units = given.reader.units(given.inputs)
+    selection = Selection()
+    units = given.reader.units(given.inputs, selection)
+    print(selection.report(), end="")
     excerpts: list[str] = []
-    documents = sampled(read_share(units, faults, given.part, given.parts), excerpts)
-    pairs = encoded(progress(documents), coder, faults)
-    pairs = set_aside(pairs, given.held_out, writers["held_out"])
-    for step in (scorer, given.interleave):
-        pairs = step(pairs) if step else pairs
-    for _, ids in pairs:
-        writers["train"].add(ids)
-    return Stored(units, round_trip(coder, excerpts), scorer and scorer.report)
+    with Reading(part_of(units, given.part, given.parts)) as reading:
+        documents = chain.from_iterable(unit.read(faults) for unit in reading.units)
+        pairs = encoded(sampled(documents, excerpts), coder, faults)
+        pairs = set_aside(pairs, given.held_out, writers["held_out"])
+        for step in (scorer, given.interleave):
+            pairs = step(pairs) if step else pairs
+        for _, ids in pairs:
+            writers["train"].add(ids)
+    return Stored(units, selection, round_trip(coder, excerpts), scorer and scorer.report)
 
 
 def opened_scorer(settings: DependencyFilter, about: dict[str, Any]) -> DependencyScorer:
@@ -214,12 +229,15 @@ def store_conversations(
     given: Preparation, template: ChatTemplate, writers: dict[str, SplitWriter], faults: Faults
 ) -> Stored:
     """Write conversations; questions on one document are all held out, or none."""
-    units = conversation_units(given.inputs, given.reader.largest)
-    for unit in units:
-        for found, tokens in rendered(unit.read(faults), template, faults):
-            split = SPLITS[share_of(set_apart_by(found)) < given.held_out]
-            writers[split].add_conversation(tokens)
-    return Stored(units)
+    selection = Selection()
+    units = conversation_units(given.inputs, given.reader, selection)
+    print(selection.report(), end="")
+    with Reading(units) as reading:
+        for unit in reading.units:
+            for found, tokens in rendered(unit.read(faults), template, faults):
+                split = SPLITS[share_of(set_apart_by(found)) < given.held_out]
+                writers[split].add_conversation(tokens)
+    return Stored(units, selection)
 
 
 def write(
@@ -258,7 +276,9 @@ def described_folder(
         "part": [given.part, given.parts],
         "settings": given.settings(stored.units),
         "splits": {split: writer.describe() for split, writer in writers.items()},
+        "inputs": stored.selection.described(),
         "broken": faults.described(),
+        "notes": faults.notes,
         "filter": stored.filtered,
         "chat": given.chat,
     }
@@ -269,7 +289,7 @@ def anywhere(names: Any) -> Any:
     if isinstance(names, list):
         return [anywhere(name) for name in names]
     kind, mark, path = names.rpartition(":") if names.startswith("code:") else ("", "", names)
-    plain = "://" in names or (not mark and names in ("stdlib", "bytes"))
+    plain = "://" in names or (not mark and names in ("stdlib", "bytes")) or hub.is_name(names)
     return names if plain else f"{kind}{mark}{os.path.abspath(path)}"
 
 
@@ -303,29 +323,14 @@ def share_of(name: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def progress(documents: Iterable[Document], every: float = 2.0) -> Iterator[Document]:
-    """Print how far the reading got, every few seconds."""
-    characters = 0
-    begin = last = time.monotonic()
-    for count, document in enumerate(documents, 1):
-        yield document
-        characters += len(document.text)
-        if (now := time.monotonic()) - last > every:
-            last = now
-            read = characters / 1e6
-            print(
-                f"prepare: {count:,} documents, {read:,.1f} M characters, "
-                f"{read / (now - begin):.1f} M/s"
-            )
-
-
 def report(content: dict[str, Any]) -> str:
     """Token ledger and document lengths as a table."""
     lines = [f"source {content['source']}: token ledger"]
+    both = "BOS and EOS" if content["tokenizer"].get("add_bos", True) else "EOS"
     for split, ledger in content["splits"].items():
         lines.append(
             f"  {split:9} {ledger['tokens']:>13,} = {ledger['text_tokens']:,} text"
-            f" + {ledger['boundary_tokens']:,} BOS and EOS + {ledger['padding']:,} padding"
+            f" + {ledger['boundary_tokens']:,} {both} + {ledger['padding']:,} padding"
             f" in {ledger['documents']:,} documents, {ledger['chunks']} chunks"
         )
         if content["chat"]:
@@ -344,6 +349,8 @@ def report(content: dict[str, Any]) -> str:
     if content["round_trip"] < 1:
         share = 1 - content["round_trip"]
         lines.append(f"  {share:.0%} of the first texts do not come back exactly from their ids")
+    for kind, note in content["notes"].items():
+        lines.append(f"  {note['count']:,} rows: {kind}, first at {note['first']}")
     for kind, fault in content["broken"].items():
         lines.append(f"  skipped {fault['count']:,}: {kind}, first at {fault['first']}")
     return "\n".join(lines)

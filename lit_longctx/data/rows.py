@@ -1,8 +1,8 @@
-"""Files → rows: JSON lines, parquet and Arrow, one row in memory at a time.
+"""Files → rows: JSON lines and arrays, parquet and Arrow, one row in memory at a time.
 
-Each reader takes a file, the fields that are wanted and the bytes a row may have, and yields the
-row's number, from 1, with the row or with what is `Broken` about it. A file that breaks off ends
-with a `Broken` row; those before it are good.
+Each reader takes a file, the fields that are wanted (None: all) and the bytes a row may have, and
+yields the row's number, from 1, with the row or with what is `Broken` about it. A file that breaks
+off ends with a `Broken` row; those before it are good.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 from lit_longctx.data.archives import ARCHIVE_ERRORS, unpacked
 from lit_longctx.data.faults import Broken, broken_file
 from lit_longctx.data.inputs import LINE_SUFFIXES, File
+from lit_longctx.data.json_array import elements
 
 Rows = Iterator[tuple[int, Any]]
 PIECE = 2**20
@@ -22,11 +23,18 @@ ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 """Last bytes of an Arrow stream that was written to its end."""
 
 
-def json_rows(file: File, fields: Sequence[str], largest: int) -> Rows:
-    """Yield the value of every line that is not blank; numbers count all lines."""
+def json_rows(file: File, fields: Sequence[str] | None, largest: int) -> Rows:
+    """Yield the value of every line that is not blank; numbers count all lines.
+
+    Of a file that is one array, the elements.
+    """
     number = 0
     try:
         with file.open() as stored, unpacked(stored, file.packing) as stream:
+            if _begin(stream) == b"[":
+                for number, value in enumerate(elements(stream, largest), 1):
+                    yield number, value
+                return
             for number, line in enumerate(lines(stream, largest), 1):
                 if len(line) > largest:
                     yield number, Broken("too large")
@@ -34,6 +42,12 @@ def json_rows(file: File, fields: Sequence[str], largest: int) -> Rows:
                     yield number, _parsed(line)
     except ARCHIVE_ERRORS as error:
         yield number + 1, broken_file(error, "broken archive")
+
+
+def _begin(stream: BufferedIOBase) -> bytes:
+    """Return the first byte that is no space, if it is among the first, without reading it."""
+    first: bytes = stream.peek(PIECE)  # pyright: ignore - all that are opened here can
+    return first.removeprefix(BOM_UTF8).lstrip()[:1]
 
 
 def lines(stream: BufferedIOBase, largest: int) -> Iterator[bytearray]:
@@ -61,7 +75,7 @@ def _parsed(line: bytearray) -> Any:
         return Broken("broken JSON")
 
 
-def parquet_rows(file: File, fields: Sequence[str], largest: int) -> Rows:
+def parquet_rows(file: File, fields: Sequence[str] | None, largest: int) -> Rows:
     """Yield the wanted fields of each row as a dict.
 
     Memory: a page, which the writer closes after about a thousand rows or a MiB, whichever is more.
@@ -69,7 +83,7 @@ def parquet_rows(file: File, fields: Sequence[str], largest: int) -> Rows:
     return _table_rows(_parquet_batches(file, fields), largest, "broken parquet")
 
 
-def arrow_rows(file: File, fields: Sequence[str], largest: int) -> Rows:
+def arrow_rows(file: File, fields: Sequence[str] | None, largest: int) -> Rows:
     """Yield the wanted fields of each row of an Arrow IPC stream as a dict.
 
     Memory: a local file is mapped; of a remote one, a record batch.
@@ -77,21 +91,21 @@ def arrow_rows(file: File, fields: Sequence[str], largest: int) -> Rows:
     return _table_rows(_arrow_batches(file, fields), largest, "broken arrow")
 
 
-def _parquet_batches(file: File, fields: Sequence[str]) -> Iterator[Any]:
+def _parquet_batches(file: File, fields: Sequence[str] | None) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     with file.open() as stream, pq.ParquetFile(stream, buffer_size=PIECE) as table:
-        present = [name for name in fields if name in table.schema_arrow.names]
+        present = _present(table.schema_arrow, fields)
         # one row at a time: a batch of more could hold that many of the largest
         yield from table.iter_batches(batch_size=1, columns=present, use_threads=False)
 
 
-def _arrow_batches(file: File, fields: Sequence[str]) -> Iterator[Any]:
+def _arrow_batches(file: File, fields: Sequence[str] | None) -> Iterator[Any]:
     import pyarrow as pa
 
     source = file.open() if file.system else pa.memory_map(file.path)
     with source, pa.ipc.open_stream(source) as table:
-        present = [name for name in fields if name in table.schema.names]
+        present = _present(table.schema, fields)
         for batch in table:
             chosen = batch.select(present)
             for column in chosen.columns:
@@ -100,6 +114,10 @@ def _arrow_batches(file: File, fields: Sequence[str]) -> Iterator[Any]:
         source.seek(-len(ARROW_END), 2)
         if source.read(len(ARROW_END)) != ARROW_END:
             raise pa.ArrowInvalid("cut off between two record batches, which the library lets pass")
+
+
+def _present(schema: Any, fields: Sequence[str] | None) -> list[str]:
+    return [name for name in schema.names if fields is None or name in fields]
 
 
 def _check_offsets(column: Any) -> None:
@@ -142,7 +160,7 @@ def _size(cell: Any) -> int:
     return content.size if content else 0
 
 
-READERS: dict[str, Callable[[File, Sequence[str], int], Rows]] = {
+READERS: dict[str, Callable[[File, Sequence[str] | None, int], Rows]] = {
     **dict.fromkeys(LINE_SUFFIXES, json_rows),
     ".parquet": parquet_rows,
     ".arrow": arrow_rows,

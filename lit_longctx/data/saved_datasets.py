@@ -3,9 +3,16 @@
 import json
 from typing import Any
 
-from lit_longctx.data.inputs import File
+from lit_longctx.data.inputs import File, Selection, files
 
 DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json")
+
+
+def input_files(name: str, selection: Selection) -> list[File]:
+    """Return the files of an input that are read, and count them and those that are left."""
+    taken = shards(files(name, selection), name)
+    selection.take(taken)
+    return taken
 
 
 def shards(files: list[File], name: str) -> list[File]:

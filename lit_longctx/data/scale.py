@@ -132,7 +132,9 @@ def join(folders: list[Path], output: Path, source: str | None = None) -> dict[s
             "round_trip": min(part["round_trip"] for part in parts),
             "part": [0, 1],
             "splits": {split: writer.describe() for split, writer in writers.items()},
+            "inputs": first.get("inputs", {}),
             "broken": _summed([part["broken"] for part in parts]),
+            "notes": _summed([part.get("notes", {}) for part in parts]),
             "filter": _filtered([part["filter"] for part in parts]),
         }
         manifest.seal(target, manifest.hash_files(target), **content)

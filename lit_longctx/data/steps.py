@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ParallelStrategy
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_longctx.batch import Batch, Step
@@ -82,15 +84,16 @@ class StepData(TrainingData, ABC):
         """Whole steps of this rank, from the sample the model has come to."""
         trainer = self.trainer
         assert trainer is not None
-        ranks = trainer.world_size
-        if ranks > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        rank, ranks = data_rank(trainer)
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise ValueError(
                 "set Trainer(use_distributed_sampler=False): the order of samples is ours"
             )
         for stage in self.course.stages:
             if stage.rows % ranks:
                 raise ValueError(
-                    f"{stage.rows} windows per step do not divide among {ranks} processes"
+                    f"{stage.rows} windows per step do not divide among {ranks} processes "
+                    "(those of a context-parallel group count as one)"
                 )
         if trainer.max_steps < 1:
             raise ValueError(
@@ -113,7 +116,7 @@ class StepData(TrainingData, ABC):
                 f"sorted steps depend on batch_tokens: {trainer.global_step} of them have read "
                 f"{consumed - shift} samples, the run had read {consumed}; go on with its own"
             )
-        steps = Steps(self, trainer.global_rank, ranks, shift)
+        steps = Steps(self, rank, ranks, shift)
         if trainer.global_rank == 0:
             for line in steps.reports():
                 print(line)
@@ -123,7 +126,7 @@ class StepData(TrainingData, ABC):
         """Held-out windows of this rank."""
         trainer = self.trainer
         assert trainer is not None
-        rows = HeldOut(self, trainer.global_rank, trainer.world_size)
+        rows = HeldOut(self, *data_rank(trainer))
         return self._loader(rows, Upward(0, len(rows)))
 
     test_dataloader = val_dataloader
@@ -136,6 +139,14 @@ class StepData(TrainingData, ABC):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def data_rank(trainer: Trainer) -> tuple[int, int]:
+    """Return the number of this process among those that read rows of their own, and theirs."""
+    if not isinstance(trainer.strategy, ParallelStrategy):
+        return 0, 1
+    place = trainer.strategy.distributed_sampler_kwargs
+    return place["rank"], place["num_replicas"]
 
 
 def check_shares(sources: Mapping[str, Any]) -> None:

@@ -5,14 +5,28 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
+from lit_longctx import hub
 from lit_longctx.data.fingerprint import fingerprint
-from lit_longctx.data.special_tokens import FAST, LLAMA, named, read_config, save_config, unnamed
+from lit_longctx.data.special_tokens import (
+    FAST,
+    LLAMA,
+    AddBos,
+    BosRule,
+    bos_rule_of_model,
+    named,
+    read_config,
+    save_config,
+    source_of,
+    told_bos_rule,
+    unnamed,
+)
 
 Ids = np.ndarray
 """One-dimensional array of token ids."""
@@ -24,13 +38,22 @@ class Tokenizer(ABC):
     vocab_size: int
     """Ids are below this."""
     bos: int
-    """Id that begins every document."""
+    """Id that begins documents and prompts, if `adds_bos`."""
     eos: int
     """Id that ends every document."""
     bos_token: str
     """Text of BOS."""
     eos_token: str
     """Text of EOS."""
+    bos_rule: BosRule = BosRule(True, "the tokenizer")
+    """Whether documents and prompts begin with BOS."""
+    sources: Mapping[str, str] = MappingProxyType({"bos": "bytes", "eos": "bytes"})
+    """Who named BOS and EOS, for reports."""
+
+    @property
+    def prefix(self) -> list[int]:
+        """What documents and prompts begin with: BOS, or nothing."""
+        return [self.bos] if self.bos_rule.added else []
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Ids]:
@@ -57,6 +80,9 @@ class ByteTokenizer(Tokenizer):
     bos, bos_token = 256, "<bos>"
     eos, eos_token = 257, "<eos>"
 
+    def __init__(self, rule: BosRule | None = None) -> None:
+        self.bos_rule = rule or BosRule(True, "as bytes do")
+
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """UTF-8 bytes of each text."""
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16) for text in texts]
@@ -68,7 +94,9 @@ class ByteTokenizer(Tokenizer):
 
     def save(self, folder: str | Path) -> None:
         """Write the same mapping as a byte-level BPE without merges, with ids equal to bytes."""
-        self.as_bpe().save(str(Path(folder) / "tokenizer.json"))
+        bpe = self.as_bpe()
+        bpe.post_processor = begun_by(self).post_processor
+        bpe.save(str(Path(folder) / "tokenizer.json"))
         save_config(Path(folder), FAST, "<bos>", "<eos>")
 
     def as_bpe(self) -> tokenizers.Tokenizer:
@@ -95,9 +123,19 @@ def _byte_vocabulary() -> dict[str, int]:
 
 
 class JsonTokenizer(Tokenizer):
-    """Any Hugging Face tokenizer.json; BOS and EOS from `bos`, `eos` or tokenizer_config.json."""
+    """Any Hugging Face tokenizer.json; BOS and EOS from `bos`, `eos` or tokenizer_config.json.
 
-    def __init__(self, file: str | Path, bos: str | None = None, eos: str | None = None) -> None:
+    Texts begin with BOS where the file's post-processor puts it there, as in transformers 5, or the
+    caller; what add_bos_token says in tokenizer_config.json does not count beside that.
+    """
+
+    def __init__(
+        self,
+        file: str | Path,
+        bos: str | None = None,
+        eos: str | None = None,
+        add_bos: AddBos = "auto",
+    ) -> None:
         self.file = Path(file)
         try:
             self.model = tokenizers.Tokenizer.from_file(str(self.file))
@@ -108,12 +146,45 @@ class JsonTokenizer(Tokenizer):
         self.model.no_padding()
         self.model.no_truncation()
         self.vocab_size = max(self.model.get_vocab(with_added_tokens=True).values()) + 1
-        self.bos_token, self.bos = self._special("bos", bos)
-        self.eos_token, self.eos = self._special("eos", eos)
+        self.sources = {
+            role: source_of(role, token, self.file.parent)
+            for role, token in (("bos", bos), ("eos", eos))
+        }
+        self._begin(bos, eos, told_bos_rule(bos, add_bos))
+
+    def _begin(self, bos: str | None, eos: str | None, told: BosRule | None) -> None:
+        """Find out BOS and EOS, and whether BOS begins texts."""
+        before = self._before_text()
+        if told is None and len(before) > 1:
+            tokens = " ".join(str(self.model.id_to_token(number)) for number in before)
+            raise ValueError(
+                f"{self.file} puts {tokens} before a text; expected BOS; pass --add_bos"
+            )
+        self.bos_rule = told or BosRule(bool(before), "tokenizer.json's post-processor")
+        config = read_config(self.file.parent)
+        if bos is None and config.get("bos_token", "") is None and not self.bos_rule.added:
+            self.eos_token, self.eos = self._special("eos", eos)  # as Qwen's: there is no BOS
+            self.bos_token, self.bos = self.eos_token, self.eos
+            self.sources = {**self.sources, "bos": "EOS"}
+        else:
+            self.bos_token, self.bos = self._special("bos", bos)
+            self.eos_token, self.eos = self._special("eos", eos)
+        if told is None and before not in ([], [self.bos]):  # not the one that the config names
+            self.bos, self.bos_token = before[0], str(self.model.id_to_token(before[0]))
+            self.sources = {**self.sources, "bos": "tokenizer.json's post-processor"}
+        self._writes_prefix = before == self.prefix
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Open the file anew elsewhere: copies would forget how special tokens are read."""
-        return JsonTokenizer, (self.file, self.bos_token, self.eos_token)
+        return JsonTokenizer, (self.file, self.bos_token, self.eos_token, self.bos_rule.added)
+
+    def _before_text(self) -> list[int]:
+        """Special tokens that the file itself puts in front of a text."""
+        for text in ("a", "0", ".", "\u2581"):  # a vocabulary of words may not know all of them
+            found = self.model.encode(text)
+            if 0 in found.special_tokens_mask:
+                return found.ids[: found.special_tokens_mask.index(0)]
+        return []
 
     def _special(self, role: str, token: str | None) -> tuple[str, int]:
         token = named(self.file.parent, role) if token is None else token
@@ -134,15 +205,38 @@ class JsonTokenizer(Tokenizer):
         return self.model.decode(list(ids), skip_special_tokens=True)
 
     def save(self, folder: str | Path) -> None:
-        """Copy tokenizer.json, and tokenizer_config.json with the BOS and EOS in use."""
-        shutil.copyfile(self.file, Path(folder) / "tokenizer.json")
+        """Copy tokenizer.json, and tokenizer_config.json with the BOS and EOS in use.
+
+        Where the file itself begins texts otherwise than is done here, its post-processor is
+        replaced, so that transformers begins them as here.
+        """
+        target, add_bos = Path(folder) / "tokenizer.json", None
+        if self._writes_prefix:
+            shutil.copyfile(self.file, target)
+        else:
+            add_bos = self.bos_rule.added
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+            found["post_processor"] = json.loads(begun_by(self).to_str())["post_processor"]
+            target.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
         config = read_config(self.file.parent) or FAST
-        save_config(Path(folder), config, self.bos_token, self.eos_token)
+        save_config(Path(folder), config, self.bos_token, self.eos_token, add_bos)
 
     @property
     def fingerprint(self) -> str:
         """Hash of what decides ids in tokenizer.json, with BOS and EOS."""
         return fingerprint(self.file, self.bos, self.eos)
+
+
+def begun_by(coder: Tokenizer) -> tokenizers.Tokenizer:
+    """Return an empty tokenizer whose post-processor begins texts as `coder` does, and no more."""
+    begin = f"{coder.bos_token} " * len(coder.prefix)
+    found = tokenizers.Tokenizer(models.BPE())
+    found.post_processor = processors.TemplateProcessing(  # pyright: ignore
+        single=f"{begin}$A",
+        pair=f"{begin}$A {begin}$B",
+        special_tokens=[(coder.bos_token, coder.bos)] if begin else [],
+    )
+    return found
 
 
 def _dtype(vocab_size: int) -> type[np.generic]:
@@ -156,7 +250,13 @@ class SentencePieceTokenizer(Tokenizer):
     single tokens wherever they occur, as the model's author wants; as BOS they could be forged.
     """
 
-    def __init__(self, file: str | Path, bos: str | None = None, eos: str | None = None) -> None:
+    def __init__(
+        self,
+        file: str | Path,
+        bos: str | None = None,
+        eos: str | None = None,
+        add_bos: AddBos = "auto",
+    ) -> None:
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError:
@@ -171,6 +271,12 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self.model.get_piece_size()
         self.bos_token, self.bos = self._special("bos", bos, self.model.bos_id())
         self.eos_token, self.eos = self._special("eos", eos, self.model.eos_id())
+        told = told_bos_rule(bos, add_bos)
+        self.bos_rule = told or bos_rule_of_model(self.file.parent)
+        self.sources = {
+            role: source_of(role, token, self.file.parent)
+            for role, token in (("bos", bos), ("eos", eos))
+        }
 
     def _special(self, role: str, token: str | None, own: int) -> tuple[str, int]:
         token = named(self.file.parent, role) if token is None else token
@@ -200,7 +306,7 @@ class SentencePieceTokenizer(Tokenizer):
         """
         shutil.copyfile(self.file, Path(folder) / "tokenizer.model")
         config = read_config(self.file.parent) or LLAMA
-        save_config(Path(folder), config, self.bos_token, self.eos_token)
+        save_config(Path(folder), config, self.bos_token, self.eos_token, self.bos_rule.added)
 
     @property
     def fingerprint(self) -> str:
@@ -216,33 +322,52 @@ def round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
 
 
 def described(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what a manifest says of a tokenizer."""
+    """Return what a manifest says of a tokenizer; `add_bos` only where that is false."""
     names = ("fingerprint", "vocab_size", "bos", "eos")
-    return {name: getattr(tokenizer, name) for name in names}
+    found = {name: getattr(tokenizer, name) for name in names}
+    return found if tokenizer.bos_rule.added else {**found, "add_bos": False}
 
 
-def open_tokenizer(name: str, bos: str | None = None, eos: str | None = None) -> Tokenizer:
+def describe_borders(tokenizer: Tokenizer, chat: bool) -> str:
+    """Say which tokens begin and end documents or conversations, and why, in two lines."""
+    added, why = tokenizer.bos_rule
+    begins, ends = f"begins {'every' if added else 'no'} document", "ends every document"
+    if chat:
+        begins = "begins every conversation" if added else "stands where the chat template has it"
+        ends = "stands where the chat template has it"
+    named_by = tokenizer.sources
+    return (
+        f"BOS {tokenizer.bos} {tokenizer.bos_token!r} (from {named_by['bos']}) {begins} ({why})\n"
+        f"EOS {tokenizer.eos} {tokenizer.eos_token!r} (from {named_by['eos']}) {ends}"
+    )
+
+
+def open_tokenizer(
+    name: str, bos: str | None = None, eos: str | None = None, add_bos: AddBos = "auto"
+) -> Tokenizer:
     """Return the tokenizer of that name.
 
     Args:
-        name: `bytes`, a tokenizer.json, a tokenizer.model, or a folder that holds one of them; of
-            both, tokenizer.json.
+        name: `bytes`, a tokenizer.json, a tokenizer.model, or a folder or Hub name that holds one
+            of them; of both, tokenizer.json.
         bos: Token that begins documents; default: tokenizer_config.json's.
         eos: Token that ends documents; default: tokenizer_config.json's.
+        add_bos: Whether texts begin with BOS; `auto`: if `bos` is given, or else as the files say.
     """
     if name == "bytes":
         if bos or eos:
             raise ValueError("tokenizer 'bytes' has its own BOS and EOS; leave --bos and --eos out")
-        return ByteTokenizer()
-    file = _file_of(Path(name))
+        return ByteTokenizer(told_bos_rule(None, add_bos))
+    found = hub.folder(name, hub.TOKENIZER_FILES) if hub.is_name(name) else Path(name)
+    file = _file_of(found)
     if file is None:
         expected = "'bytes', a tokenizer.json, a tokenizer.model or their folder"
         raise ValueError(f"tokenizer {name!r} not found; expected {expected}")
     if file.suffix == ".model":
-        return SentencePieceTokenizer(file, bos, eos)
+        return SentencePieceTokenizer(file, bos, eos, add_bos)
     if not (bos or eos) and _is_bytes(file):
-        return ByteTokenizer()
-    return JsonTokenizer(file, bos, eos)
+        return ByteTokenizer(told_bos_rule(None, add_bos) or _byte_rule(file))
+    return JsonTokenizer(file, bos, eos, add_bos)
 
 
 def fingerprint_of(
@@ -296,6 +421,14 @@ def check_tokenizer(data: Mapping[str, Any], vocab_size: int, folder: Path | Non
 def _file_of(path: Path) -> Path | None:
     places = [path / "tokenizer.json", path / "tokenizer.model"] if path.is_dir() else [path]
     return next((place for place in places if place.is_file()), None)
+
+
+def _byte_rule(file: Path) -> BosRule | None:
+    """Read of a saved ByteTokenizer whether it begins texts with BOS; the first version did."""
+    found = json.loads(file.read_text(encoding="utf-8")).get("post_processor")
+    return (
+        BosRule(bool(found["special_tokens"]), "tokenizer.json's post-processor") if found else None
+    )
 
 
 def _is_bytes(file: Path) -> bool:

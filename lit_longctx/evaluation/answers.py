@@ -61,7 +61,8 @@ class Answers(Measure):
         results: dict[str, Any] = {}
         tables = []
         for kind, digits in (("exact", 3), ("nats", 4)):
-            compared = Comparison({name: self._sums(v, kind) for name, v in values.items()})
+            sums = {name: self._sums(v, kind) for name, v in values.items()}
+            compared = Comparison(sums, "conversation", "--windows")
             results[kind] = {
                 name: dict(zip(self.sources, means, strict=True))
                 for name, means in compared.means.items()

@@ -1,16 +1,17 @@
 """`lit_longctx evaluate`: the same tokens and prompts for every checkpoint, side by side."""
 
 import json
+from contextlib import nullcontext
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import lit_longctx
 from lit_longctx.attention import AttnImplementation
-from lit_longctx.checkpoint import Checkpoint, open_checkpoint
+from lit_longctx.checkpoint import Checkpoint
+from lit_longctx.context_parallel import ContextParallelName, apply_context_parallel
 from lit_longctx.data.chunks import BLOCK
 from lit_longctx.data.conversations import Conversations
 from lit_longctx.data.remote import open_folder
@@ -18,14 +19,18 @@ from lit_longctx.data.storage import ObjectStorage
 from lit_longctx.data.tokenizer import check_tokenizer, open_tokenizer
 from lit_longctx.data.windows import Windows
 from lit_longctx.evaluation.answers import Answers
+from lit_longctx.evaluation.candidates import Candidate, open_candidates
 from lit_longctx.evaluation.grid import Grid, Probe
 from lit_longctx.evaluation.held_out import HeldOutLoss
 from lit_longctx.evaluation.measure import Measure, Section, Unit
+from lit_longctx.evaluation.processes import Processes, started_processes
 from lit_longctx.evaluation.prompts import Haystack
 from lit_longctx.evaluation.sliding import Slide, SlidingPerplexity
 from lit_longctx.journal import Journal
-from lit_longctx.manifest import identity, write_text
+from lit_longctx.manifest import write_text
 from lit_longctx.model import chosen_device
+from lit_longctx.position import PositionScheme
+from lit_longctx.progress import counted
 
 
 def evaluate(
@@ -37,9 +42,12 @@ def evaluate(
     windows: int = 32,
     sliding: Slide = Slide(),
     grid: Grid = Grid(),
+    positions: list[PositionScheme] = [],  # noqa: B006 - never changed
     attn_implementation: AttnImplementation = "sdpa",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
+    context_parallel_size: int = 1,
+    context_parallel: ContextParallelName = "zigzag",
 ) -> dict[str, Any]:
     """Measure checkpoints side by side; of several the first is the yardstick.
 
@@ -47,7 +55,7 @@ def evaluate(
     more checkpoints or tasks too, this goes on with what is missing.
 
     Args:
-        checkpoint: Run folders or Hugging Face folders.
+        checkpoint: Run folders, Hugging Face folders, or Hub names (org/name, org/name@revision).
         data: Prepared folders; their held-out split is read, and needles are hidden in the first's.
         output: Folder for results.json, tables and figures.
         tasks: What to measure: `loss` by position, source and document length; `perplexity` in
@@ -58,37 +66,42 @@ def evaluate(
         windows: Rows, or conversations, per source; spread evenly over the held-out split.
         sliding: Windows and documents of `perplexity`.
         grid: Lengths and depths of the probes.
+        positions: Position schemes to measure each checkpoint under, without training, beside its
+            own: names such as YaRN with `init_args`, or class paths.
         attn_implementation: Attention back end.
         dtype: Of weights, keys and values.
         device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
+        context_parallel_size: Of the processes that torchrun started, how many share each row; the
+            others measure other units. Generated answers are written by every process of a group.
+        context_parallel: `zigzag` or `ulysses`.
 
     Returns:
-        What results.json holds.
+        What results.json holds; nothing on the processes after the first.
     """
     for name, given in (("checkpoint", checkpoint), ("data", data), ("tasks", tasks)):
         if not given:
             raise ValueError(f"expected one {name} or more; got none")
     if windows < 1:
         raise ValueError(f"windows must be 1 or more; got {windows}")
-    compute = Compute(chosen_device(device), dtype, attn_implementation)
-    held_out = open_held_out(data, window, whole_windows="loss" in tasks)
-    measures = {name: measure_named(name, held_out, windows, sliding, grid) for name in tasks}
-    units = [(name, unit) for name, each in measures.items() for unit in each.units()]
-    starts = {folder: open_checkpoint(folder).verified() for folder in checkpoint}
-    for start in starts.values():
-        check_vocabulary(start, held_out)
-    values: dict[str, dict[str, list[Any]]] = {name: {} for name in measures}
-    with Journal(Path(output) / "measurements.jsonl") as held:
-        for folder, start in starts.items():
-            found = measure_all(folder, start, measures, units, compute, held)
-            for (name, _), value in zip(units, found, strict=True):
-                values[name].setdefault(folder, []).append(value)
-    trained = starts[checkpoint[0]].trained_context
-    sections = [each.report(values[name], trained) for name, each in measures.items()]
-    result = write(sections, {"trained_context": trained}, Path(output))
-    print("\n\n".join(table for section in sections for table in section.tables.values()))
-    print(f"wrote {output}/results.json, tables and figures")
-    return result
+    with started_processes(chosen_device(device), context_parallel_size, context_parallel) as (
+        processes,
+        place,
+    ):
+        held_out = open_held_out(data, window, whole_windows="loss" in tasks)
+        measures = {name: measure_named(name, held_out, windows, sliding, grid) for name in tasks}
+        candidates = open_candidates(checkpoint, positions)
+        for start in {each.folder: each.start for each in candidates.values()}.values():
+            check_vocabulary(start, held_out)
+        compute = Compute(place, dtype, attn_implementation, processes)
+        values = measure_candidates(candidates, measures, compute, Path(output))
+        if not processes.first:
+            return {}
+        trained = candidates[checkpoint[0]].start.trained_context
+        sections = [each.report(values[name], trained) for name, each in measures.items()]
+        result = write(sections, {"trained_context": trained}, Path(output))
+        print("\n\n".join(table for section in sections for table in section.tables.values()))
+        print(f"wrote {output}/results.json, tables and figures")
+        return result
 
 
 class Compute(NamedTuple):
@@ -97,42 +110,79 @@ class Compute(NamedTuple):
     device: str
     dtype: str
     attn_implementation: AttnImplementation
+    processes: Processes = Processes()
+
+
+def measure_candidates(
+    candidates: dict[str, Candidate], measures: dict[str, Measure], compute: Compute, output: Path
+) -> dict[str, dict[str, list[Any]]]:
+    """Return values by task and column, in the order of units; the first process keeps them."""
+    units = [(name, unit) for name, each in measures.items() for unit in each.units()]
+    values: dict[str, dict[str, list[Any]]] = {name: {} for name in measures}
+    with (
+        Journal(output / "measurements.jsonl") if compute.processes.first else nullcontext() as held
+    ):
+        for column, candidate in candidates.items():
+            found = measure_all(column, candidate, measures, units, compute, held)
+            for (name, _), value in zip(units, found, strict=True):
+                values[name].setdefault(column, []).append(value)
+    return values
 
 
 def measure_all(
-    folder: str,
-    start: Checkpoint,
+    column: str,
+    candidate: Candidate,
     measures: dict[str, Measure],
     units: list[tuple[str, Unit]],
     compute: Compute,
-    held: Journal,
+    held: Journal | None,
 ) -> list[Any]:
-    """Return a checkpoint's value of every unit of every task; compute those not kept yet."""
+    """Return a column's value of every unit of every task; compute those not kept yet."""
+    processes = compute.processes
     known = {
         "version": lit_longctx.__version__,
-        "checkpoint": folder,
-        "holds": identity(start.path),
+        **candidate.described(),
         "attn_implementation": compute.attn_implementation,
         "dtype": compute.dtype,
-        "device": compute.device,
+        "device": torch.device(compute.device).type,
     }
     items = [({**known, "task": name, **unit}, name, unit) for name, unit in units]
-    missing = [item for item in items if item[0] not in held]
-    if len(missing) < len(items):
+    missing = [i for i, item in enumerate(items) if held is not None and item[0] not in held]
+    missing = processes.from_first(missing)
+    if held is not None and len(missing) < len(items):
         kept = len(items) - len(missing)
-        print(f"{folder}: {kept} of {len(items)} values are in {held.path}")
+        print(f"{column}: {kept} of {len(items)} values are in {held.path}")
     if missing:
-        dtype = getattr(torch, compute.dtype)
-        llama = start.load(compute.device, dtype, compute.attn_implementation).eval()
-        for of, name, unit in tqdm(missing, desc=folder, disable=None):
-            value = measures[name].measure(llama, unit)
-            if without_nan(value) != value:
-                raise ValueError(
-                    f"{folder} gives {name} that is no number at {unit}; leave it out, or set "
-                    "--dtype float32"
-                )
-            held.add(of, value)
-    return [held[of] for of, *_ in items]
+        llama = candidate.start.load(
+            compute.device,
+            getattr(torch, compute.dtype),
+            compute.attn_implementation,
+            candidate.position,
+        ).eval()
+        if processes.context is not None:
+            apply_context_parallel(llama, processes.context)
+        rounds = processes.rounds(missing)
+        for numbers in counted(rounds, column, lambda each: tokens_of(items[each[0]][2])):
+            value = None
+            if processes.group < len(numbers):
+                _, name, unit = items[numbers[processes.group]]
+                value = measures[name].measure(llama, unit)
+            found = processes.from_groups(value)
+            for number, each in zip(numbers, found, strict=False):  # fewer in the last round
+                of, name, unit = items[number]
+                if without_nan(each) != each:
+                    raise ValueError(
+                        f"{column} gives {name} that is no number at {unit}; leave it out, or set "
+                        "--dtype float32"
+                    )
+                if held is not None:
+                    held.add(of, each)
+    return [None if held is None else held[of] for of, *_ in items]
+
+
+def tokens_of(unit: Unit) -> float:
+    """Tokens that a unit reads: what it costs, beside others."""
+    return next((unit[name] for name in ("length", "tokens", "window") if name in unit), 1)
 
 
 class HeldOut(NamedTuple):
@@ -187,7 +237,8 @@ def measure_named(
 
 def haystack(held_out: Windows, tokens: int) -> Haystack:
     """Return held-out text, twice as long as the longest prompt, to hide needles in."""
-    coder = open_tokenizer(str(held_out.tokenizer_folder))
+    add_bos = held_out.manifest["tokenizer"].get("add_bos", True)
+    coder = open_tokenizer(str(held_out.tokenizer_folder), add_bos=add_bos)
     return Haystack.of_tokens(coder, held_out.read(0, min(held_out.tokens, 2 * tokens)))
 
 

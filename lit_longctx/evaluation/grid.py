@@ -9,7 +9,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from lit_longctx import plots
-from lit_longctx.evaluation.intervals import Sums
+from lit_longctx.evaluation.intervals import Sums, wilson
 from lit_longctx.evaluation.measure import Comparison, Measure, Section, Unit
 from lit_longctx.evaluation.probes import forced, generated, task_named
 from lit_longctx.evaluation.prompts import Haystack, Sample
@@ -55,7 +55,7 @@ class Probe(Measure):
         self.grid = grid
         self.hay = hay
         self.depths = grid.depths if self.task.uses_depth else [50.0]
-        self.seeds = range(grid.seed, grid.seed + (grid.samples if self.task.uses_seed else 1))
+        self.seeds = range(grid.seed, grid.seed + grid.samples)
 
     def units(self) -> list[Unit]:
         """Return a unit for each length, depth and sample, in this order."""
@@ -90,15 +90,37 @@ class Probe(Measure):
     def report(self, values: dict[str, list[Any]], trained: int) -> Section:
         """Return the heat map, and mean scores by length."""
         cells = {name: self.cells(scores).tolist() for name, scores in values.items()}
-        compared = Comparison({name: self._by_length(scores) for name, scores in values.items()})
+        intervals = {
+            name: [[wilson(mean, len(self.seeds)) for mean in row] for row in found]
+            for name, found in cells.items()
+        }
+        sums = {name: self._by_length(scores) for name, scores in values.items()}
+        compared = Comparison(sums, "prompt", "--grid.samples")
         lengths = [f"{length:,}" for length in self.grid.lengths]
         results = {
             "grid": asdict(self.grid),
             "probes": {self.name: cells},
+            "probe_intervals": {self.name: intervals},
             "probe_difference": {self.name: compared.differences},
         }
         table = compared.table(f"{self.name}: tokens", "prompts", lengths, digits=3)
+        table += self._cell_tables(cells, intervals)
         return Section(results, {self.name: table}, {self.name: self.draw(cells)})
+
+    def _cell_tables(self, cells: dict[str, Any], intervals: dict[str, Any]) -> str:
+        """Return a table of each checkpoint's cells, with intervals, and what was asked in each."""
+        each = f"{len(self.seeds)} prompts, each with secrets and context of its own"
+        each = each if len(self.seeds) > 1 else "1 prompt"
+        lines = ["", "", f"in every cell: {each}; 95 % intervals (Wilson)"]
+        columns = [f"{depth:g} %" for depth in self.depths] if self.task.uses_depth else ["any"]
+        for name, found in cells.items():
+            lines += ["", f"| {name}: tokens, depth | " + " | ".join(columns) + " |"]
+            lines.append("|---" * (len(columns) + 1) + "|")
+            for length, row, ends in zip(self.grid.lengths, found, intervals[name], strict=True):
+                pairs = zip(row, ends, strict=True)
+                texts = [f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, (low, high) in pairs]
+                lines.append(f"| {length:,} | " + " | ".join(texts) + " |")
+        return "\n".join(lines)
 
     def draw(self, cells: dict[str, Any]) -> Figure:
         """Return the heat map of `cells` by name."""

@@ -68,7 +68,7 @@ class HarnessModel(TemplateLM):
             was trained on. Longer contexts lose their beginning.
         max_gen_toks: Most tokens to generate where a task does not say.
         batch_size: Requests that are read at a time.
-        add_bos_token: Whether texts begin with BOS, as in training.
+        add_bos_token: Whether texts begin with BOS; default: as the tokenizer's files have it.
         attn_implementation: Attention back end.
         dtype: Of weights, keys and values.
         device: `auto`, `cpu` or `cuda`, which without CUDA is the CPU.
@@ -81,7 +81,7 @@ class HarnessModel(TemplateLM):
         max_length: int | None = None,
         max_gen_toks: int = 256,
         batch_size: int | str = 1,
-        add_bos_token: bool = True,
+        add_bos_token: bool | None = None,
         attn_implementation: AttnImplementation = "sdpa",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         device: str = "auto",
@@ -102,7 +102,7 @@ class HarnessModel(TemplateLM):
         self.max_length = max_length or start.trained_context
         self.max_gen_toks = max_gen_toks
         self.batch_size = int(batch_size)
-        self.add_bos_token = add_bos_token
+        self.add_bos_token = bool(self.coder.prefix) if add_bos_token is None else add_bos_token
 
     @property
     def eot_token_id(self) -> int:

@@ -68,7 +68,7 @@ class HeldOutLoss(Measure):
         edges, sources = self.metric.edges, list(self.sources)
         sums = {name: self._sums(windows) for name, windows in values.items()}
         position, length, source = (
-            Comparison({name: each.over(*axes) for name, each in sums.items()})
+            Comparison({n: each.over(*axes) for n, each in sums.items()}, "window", "--windows")
             for axes in ((SOURCE, LENGTH), (SOURCE, POSITION), (LENGTH, POSITION))
         )
         gain = gains(

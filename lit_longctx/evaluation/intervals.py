@@ -1,6 +1,10 @@
-"""How sure a difference between checkpoints is: they saw the same, so it is drawn anew together."""
+"""How sure a mean is, and a difference between checkpoints.
+
+They saw the same, so it is drawn anew together.
+"""
 
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +40,17 @@ class Sums(NamedTuple):
         units = len(self.total)
         totals, numbers = (times @ found.reshape(units, -1) for found in self)
         return _ratio(totals, numbers)
+
+
+def wilson(mean: float, number: int, share: float = 0.95) -> tuple[float, float]:
+    """Interval of a mean of `number` scores, each of them 0 or 1 (Wilson 1927, eq. 12).
+
+    Scores between 0 and 1 vary less at the same mean: then it is wider than it need be.
+    """
+    z = NormalDist().inv_cdf((1 + share) / 2)
+    middle = (mean + z**2 / (2 * number)) / (1 + z**2 / number)
+    half = z / (1 + z**2 / number) * (mean * (1 - mean) / number + (z / (2 * number)) ** 2) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _ratio(total: Any, number: Any) -> np.ndarray:

@@ -22,7 +22,7 @@ from lit_longctx.evaluation.prompts import (
     pieces,
     room_for_context,
 )
-from lit_longctx.evaluation.tasks import Task
+from lit_longctx.evaluation.tasks import Seeded, Task
 
 
 @final
@@ -33,7 +33,7 @@ class KeyValues(Task):
     room: int = 16
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: random.Random) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
         """Put the asked line behind `depth` percent of the others; one more fills up, cut short.
 
         The haystack gives the tokenizer alone. Costs tokenizing as many lines as there are.
@@ -41,7 +41,7 @@ class KeyValues(Task):
         coder, names = hay.tokenizer, keys(seeded)
         key, value = next(names), number(seeded)
         line, tail = key_value(key, value), f"\n{key}:"
-        head_ids = [coder.bos, *coder.encode([HEAD])[0].tolist()]
+        head_ids = [*coder.prefix, *coder.encode([HEAD])[0].tolist()]
         line_ids, tail_ids = piece(coder, line, before=value), piece(coder, tail, before=value)
         needed = sum(map(len, (head_ids, line_ids, tail_ids)))
         others, left = [], room_for_context(length, needed)

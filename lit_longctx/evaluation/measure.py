@@ -51,9 +51,16 @@ class Measure(ABC):
 
 
 class Comparison:
-    """Means of checkpoints over the same units, and how the later ones differ from the first."""
+    """Means of checkpoints over the same units, and how the later ones differ from the first.
 
-    def __init__(self, sums: dict[str, Sums]) -> None:
+    Args:
+        sums: What each checkpoint got; the first is the yardstick.
+        unit: What is drawn together, such as "window".
+        option: The option that gives more of them.
+    """
+
+    def __init__(self, sums: dict[str, Sums], unit: str, option: str) -> None:
+        self.unit, self.option = unit, option
         (_, yardstick), *others = sums.items()
         self.means = {name: each.means().flatten().tolist() for name, each in sums.items()}
         self.number = yardstick.number.sum(0).flatten().tolist()
@@ -80,11 +87,21 @@ class Comparison:
                     cells.append(signed(self.differences[name][i], digits))
             if self.number[i]:
                 lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+        return "\n".join(lines) + self.missing()
+
+    def missing(self) -> str:
+        """Say below a table why a difference has no interval, if one has none."""
+        differences = (each for found in self.differences.values() for each in found)
+        if not any(each.mean == each.mean and each.low != each.low for each in differences):
+            return ""
+        return (
+            f"\n\n[–]: an interval needs two {self.unit}s or more that reach there; one does; "
+            f"raise {self.option}"
+        )
 
 
 def signed(difference: Interval, digits: int = 4) -> str:
-    """Return a difference as text, with its interval if it has one."""
+    """Return a difference as text, with its interval; [–] where it has none."""
     mean, low, high = difference
-    interval = f" [{low:+.{digits}f}, {high:+.{digits}f}]" if low == low else ""
-    return f"{mean:+.{digits}f}{interval}"
+    interval = f"[{low:+.{digits}f}, {high:+.{digits}f}]" if low == low else "[–]"
+    return f"{mean:+.{digits}f} {interval}"

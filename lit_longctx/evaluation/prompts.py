@@ -51,7 +51,7 @@ class Sample(NamedTuple):
     """One question to a model, with its answer."""
 
     prompt_ids: Int[np.ndarray, " length"]
-    """BOS, context and question."""
+    """BOS, where the tokenizer adds it, context and question."""
     answer_ids: Int[np.ndarray, " answer"]
     """The answer as it continues the prompt."""
     answer: str
@@ -83,9 +83,10 @@ class Haystack:
     @classmethod
     def of_tokens(cls, tokenizer: Tokenizer, ids: Integer[np.ndarray, " tokens"]) -> "Haystack":
         """Make one of stored tokens, such as a held-out split, whose BOS and EOS are left out."""
-        documents = np.split(ids, np.flatnonzero(ids == tokenizer.bos))
+        ends = tokenizer.bos if tokenizer.prefix else tokenizer.eos
+        documents = np.split(ids, np.flatnonzero(ids == ends))
         whole = [_without_ends(tokenizer, part).tolist() for part in documents]
-        if tokenizer.bos == tokenizer.eos:  # then a document's end is split off, as one of its own
+        if ends == tokenizer.eos:  # then a document's end is split off, or the stream's
             whole = [part for part in whole if part]
         return cls(tokenizer, [tokenizer.decode(part) for part in whole])
 
@@ -158,8 +159,9 @@ def hide(
     references: Sequence[str],
     after_sentence: bool = False,
     restart: bool = False,
+    first: int = 0,
 ) -> Sample:
-    """Return a prompt of exactly `length` tokens: BOS, head, hay with the needles in it, tail.
+    """Return a prompt of exactly `length` tokens: prefix, head, hay with the needles in it, tail.
 
     A needle at depth d stands behind d percent of the hay's tokens, rounded, or before the
     character that this would halve. The hay's end may halve one.
@@ -173,21 +175,24 @@ def hide(
         references: Parts of the answer.
         after_sentence: Whether needles move back to the end of a sentence, but for depth 100.
         restart: Whether the hay begins anew after a needle.
+        first: Token of the hay that it begins with.
     """
     needles = sorted(needles, key=lambda needle: needle.depth)
     coder = hay.tokenizer
     head_ids = coder.encode([head])[0].tolist()
     tail_ids = piece(coder, tail)
     hidden = [piece(coder, needle.text) for needle in needles]
-    room = room_for_context(length, 1 + sum(map(len, (head_ids, tail_ids, *hidden))))
+    head_ids = [*coder.prefix, *head_ids]
+    room = room_for_context(length, sum(map(len, (head_ids, tail_ids, *hidden))))
 
     def stretch(start: int, stop: int) -> list[int]:
-        return hay.take(0, stop - start) if restart else hay.take(start, stop)
+        return hay.take(0, stop - start) if restart else hay.take(first + start, first + stop)
 
-    ids, places, last = [coder.bos, *head_ids], [], 0
+    ids, places, last = [*head_ids], [], 0
     for needle, needle_ids in zip(needles, hidden, strict=True):
         place = round(room * needle.depth / 100)
-        place = max(last, hay.cut(place, after_sentence and needle.depth < 100))
+        place = hay.cut(first + place, after_sentence and needle.depth < 100) - first
+        place = max(last, place)
         ids += stretch(last, place)
         places.append(Place(needle.text.strip(), len(ids), len(ids) + len(needle_ids)))
         ids += needle_ids
@@ -219,7 +224,7 @@ def complete(
         ValueError: The tokenizer changes the text of a needle or of the answer.
     """
     ids = np.asarray(prompt_ids, dtype=np.int64)
-    assert np.flatnonzero(ids == tokenizer.bos).tolist() == [0]
+    assert np.flatnonzero(ids == tokenizer.bos).tolist() == [0] * len(tokenizer.prefix)
     answer = " " + ", ".join(references)
     answer_ids = piece(tokenizer, answer, before=tail)
     around = [ids[max(0, place.start - 8) : place.stop + 8].tolist() for place in places]

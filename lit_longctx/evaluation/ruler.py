@@ -24,7 +24,7 @@ from lit_longctx.evaluation.prompts import (
     pieces,
     room_for_context,
 )
-from lit_longctx.evaluation.tasks import Task
+from lit_longctx.evaluation.tasks import Seeded, Task
 
 ALPHA = 2.0
 """The n-th most frequent word stands 1/n^ALPHA times as often as the first, dots to be ignored."""
@@ -54,7 +54,7 @@ class MultiKey(Ruler):
     room: int = 128
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: random.Random) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
         """Hide the number that is asked for at `depth`, the others anywhere."""
         keys, numbers = _keys(seeded, self.keys), _numbers(seeded, self.keys)
         pairs = list(zip(keys, numbers, strict=True))
@@ -71,7 +71,7 @@ class MultiValue(Ruler):
     room: int = 128
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: random.Random) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
         """Hide the first at `depth`, the others anywhere."""
         (key,) = _keys(seeded, 1)
         pairs = [(key, number) for number in _numbers(seeded, self.values)]
@@ -88,7 +88,7 @@ class MultiQuery(Ruler):
     room: int = 128
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: random.Random) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
         """Hide the first at `depth`, the others anywhere."""
         keys, numbers = _keys(seeded, self.queries), _numbers(seeded, self.queries)
         pairs = list(zip(keys, numbers, strict=True))
@@ -105,7 +105,7 @@ class VariableTracking(Ruler):
     room: int = 30
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: random.Random) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
         """Assign the value at `depth`, and hop on anywhere after it."""
         names = [word[:5].upper() for word in islice(_syllables(seeded, 5), self.hops + 1)]
         (value,) = _numbers(seeded, 1)
@@ -138,7 +138,7 @@ class CommonWords(Ruler):
     room: int = 120
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: random.Random) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
         """Shuffle the list; its last word is cut to the token. Answers as they first appear."""
         coder, stream = hay.tokenizer, _syllables(seeded)
         names = list(islice(stream, self.common))
@@ -171,7 +171,7 @@ class FrequentWords(Ruler):
     room: int = 50
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: random.Random) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
         """Shuffle the text; dots fill it to the token."""
         coder = hay.tokenizer
         names = list(islice(_syllables(seeded), 1000))
@@ -256,6 +256,6 @@ def _frame(
     tokenizer: Tokenizer, length: int, head: str, tail: str, least: int
 ) -> tuple[int, list[int], list[int]]:
     """Tokens between head and tail beyond the least there must be, and the ids of both."""
-    head_ids = [tokenizer.bos, *tokenizer.encode([head])[0].tolist()]
+    head_ids = [*tokenizer.prefix, *tokenizer.encode([head])[0].tolist()]
     tail_ids = piece(tokenizer, tail)
     return room_for_context(length, len(head_ids) + len(tail_ids) + least), head_ids, tail_ids

@@ -96,7 +96,8 @@ class SlidingPerplexity(Measure):
     def report(self, values: dict[str, list[Any]], trained: int) -> Section:
         """Return perplexities by source and window, per token and as papers have it."""
         rows = list(product(self.sources, self.how.windows))
-        compared = Comparison({name: self._sums(found) for name, found in values.items()})
+        sums = {name: self._sums(found) for name, found in values.items()}
+        compared = Comparison(sums, "document", "--sliding.documents")
         results: dict[str, Any] = {}
         lines = [
             "| source | window | checkpoint | perplexity | mean of windows (paper) | bits per byte "
@@ -124,7 +125,9 @@ class SlidingPerplexity(Measure):
         }
         figure = plots.perplexity(self.how.windows, curves)
         return Section(
-            {"perplexity": results}, {"perplexity": "\n".join(lines)}, {"perplexity": figure}
+            {"perplexity": results},
+            {"perplexity": "\n".join(lines) + compared.missing()},
+            {"perplexity": figure},
         )
 
     def _numbers(self, documents: list[dict[str, Any]]) -> dict[str, float]:

@@ -21,13 +21,18 @@ FU_DEPTHS = tuple(np.linspace(0, 100, 10).round().astype(int).tolist())
 """Depths in percent in the same grid."""
 
 
+class Seeded(random.Random):
+    """Random choices of one sample, which knows its number."""
+
+    number: int = 0
+    """Seed of the sample, whatever its length and depth."""
+
+
 class Task(ABC):
     """A family of samples and the score of an answer; fields are settings."""
 
     uses_depth: ClassVar[bool] = True
     """Whether depth changes the prompt; where not, one depth says all."""
-    uses_seed: ClassVar[bool] = True
-    """Whether the seed does; where not, one sample says all."""
     room: int
     """Tokens that a generated answer may have, on top of the prompt."""
 
@@ -46,11 +51,12 @@ class Task(ABC):
         """
         if not 0 <= depth <= 100:
             raise ValueError(f"depth {depth} must be between 0 and 100 percent")
-        seeded = random.Random(f"{type(self).__name__} {length} {float(depth)} {seed}")
+        seeded = Seeded(f"{type(self).__name__} {length} {float(depth)} {seed}")
+        seeded.number = seed
         return self.draw(hay, length, depth, seeded)
 
     @abstractmethod
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: random.Random) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
         """Return a sample whose secrets come from `seeded`."""
 
     @abstractmethod
@@ -66,7 +72,7 @@ class Passkey(Task):
     room: int = 10
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: random.Random) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
         """Hide a number of up to 50,000 in noise; the haystack gives the tokenizer alone."""
         key = str(seeded.randint(1, 50_000))
         return hide(
@@ -86,16 +92,38 @@ class Passkey(Task):
         return float(found is not None and int(found[0]) == int(sample.references[0]))
 
 
-NEEDLE = "The best thing to do in San Francisco is"
+NEEDLE = "The best thing to do in {} is"
+CITY = "San Francisco"
 SECRET = "eat a sandwich and sit in Dolores Park on a sunny day."
+OTHERS = (
+    "Lisbon Nairobi Oslo Prague Quito Riga Seoul Tunis Utrecht Vienna Warsaw Zagreb",
+    "pancake pretzel waffle mango cookie dumpling burger peach",
+    "paint rest read sing write draw dance talk",
+    "Linden Garden,Maple Square,Harbour Street,Castle Hill,River Court,Windmill Lane",
+    "rainy windy snowy foggy cold warm quiet busy",
+)
+"""Cities, food, pastimes, places and weather of the other needles."""
+
+
+def needle(number: int) -> tuple[str, str]:
+    """Return a city and what is best to do there: number 0 is Kamradt's; all have 12 words."""
+    if number == 0:
+        return CITY, SECRET
+    seeded = random.Random(f"needle {number}")
+    lists = (each.split("," if "," in each else None) for each in OTHERS)
+    city, food, pastime, place, weather = (seeded.choice(words) for words in lists)
+    return city, f"eat a {food} and {pastime} in {place} on a {weather} day."
 
 
 @final
 @dataclass(frozen=True)
 class Needle(Task):
-    """One sentence in a haystack (Kamradt 2023) as Fu et al. 2024 (arXiv:2402.10171) ask for it."""
+    """One sentence in a haystack (Kamradt 2023) as Fu et al. 2024 (arXiv:2402.10171) ask for it.
 
-    uses_seed: ClassVar[bool] = False
+    Seed 0 is theirs: San Francisco, the haystack from its beginning. Every other seed has another
+    city, another secret, and a haystack that begins elsewhere, the same at every length and depth.
+    """
+
     mode: Literal["exact", "fu"] = "exact"
     """`exact`: depth exact to the token, the question begins the answer, the secret must come
     whole. `fu`: the needle follows a sentence, the model answers freely, and its score is the share
@@ -107,27 +135,32 @@ class Needle(Task):
         if self.mode not in ("exact", "fu"):
             raise ValueError(f"mode {self.mode!r} unknown; expected 'exact' or 'fu'")
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: random.Random) -> Sample:
-        """Hide the sentence; it is the same for every seed, and so is the haystack."""
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
+        """Hide the sentence of the sample's seed in the haystack from its place on."""
         fu = self.mode == "fu"
-        question = "What is the best thing to do in San Francisco?\nAnswer:"
+        city, secret = needle(seeded.number)
+        begun = NEEDLE.format(city)
+        question = f"What is the best thing to do in {city}?\nAnswer:"
+        first = random.Random(f"haystack {seeded.number}").randrange(len(hay.ids))
         return hide(
             hay,
             length,
             "This is a very long story book: <book> ",
-            [Hidden(depth, f"\n{NEEDLE} {SECRET}\n")],
+            [Hidden(depth, f"\n{begun} {secret}\n")],
             " </book>.\n Based on the content of the book, Question: "
-            + (question if fu else f"{question} {NEEDLE}"),
-            [f"{NEEDLE} {SECRET}" if fu else SECRET],
+            + (question if fu else f"{question} {begun}"),
+            [f"{begun} {secret}" if fu else secret],
             after_sentence=fu,
+            first=hay.cut(first) if seeded.number else 0,
         )
 
     def score(self, sample: Sample, response: str) -> float:
         """Share of the secret's words, or whether all of it is there but for the full stop."""
+        secret = sample.references[0].rpartition(" is ")[2]
         if self.mode == "fu":
-            words = SECRET.lower().split()
+            words = secret.lower().split()
             return len(set(words) & set(response.lower().split())) / len(words)
-        return float(" ".join(_words(SECRET)) in " ".join(_words(response)))
+        return float(" ".join(_words(secret)) in " ".join(_words(response)))
 
 
 @final
@@ -142,7 +175,7 @@ class FirstSentence(Task):
     room: int = 128
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: random.Random) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
         """Begin the haystack at one of its sentences; costs its tokenization from there on."""
         if not hay.sentences:
             raise ValueError("the haystack has no sentence of 5 to 50 words; give running text")
@@ -154,8 +187,9 @@ class FirstSentence(Task):
         tail = "\n\nQ: What is the first sentence of the text above?, A:"
         coder = hay.tokenizer
         sample = hide(Haystack(coder, [rest]), length, sentence, [], tail, [sentence])
-        stop = 1 + len(coder.encode([sentence])[0])
-        return sample._replace(places=(Place(sentence, 1, stop),))
+        start = len(coder.prefix)
+        stop = start + len(coder.encode([sentence])[0])
+        return sample._replace(places=(Place(sentence, start, stop),))
 
     def score(self, sample: Sample, response: str) -> float:
         """ROUGE-L of the first line: a base model goes on after its answer."""

@@ -11,7 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_longctx.batch import Step
 from lit_longctx.checkpoint import Checkpoint
 from lit_longctx.companions import keep
-from lit_longctx.data.interface import describe_data
+from lit_longctx.data.interface import TrainingData, describe_data
+from lit_longctx.progress import EVERY, Heartbeat, TimeLeft
+from lit_longctx.training.module import LanguageModule
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -20,21 +22,62 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 class ProgressLine(Callback):
-    """Prints one line every few steps: step, loss, tokens per second, time left; logs perf/*.
+    """Prints step, loss, tokens per second and time left; logs perf/*.
+
+    A line follows the first step, every few steps, and the last that ends within 30 seconds of the
+    line before. Where a step, a validation or the wait for data takes longer, a line in between
+    says how many micro-batches are done.
 
     Args:
-        every_n_steps: Steps between two lines.
+        every_n_steps: Most steps between two lines.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"progress.every_n_steps {every_n_steps} must be 1 or more")
         self.every_n_steps = every_n_steps
+        self.every_s = EVERY
+        self.heartbeat: Heartbeat | None = None
+        self.module: LightningModule | None = None
+        self.clock, self.timed_from = TimeLeft(0), 0
+        self.what = ""
+        self.done, self.parts = 0, 0.0
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Begin to watch the time."""
+        self.module = module
+        if trainer.is_global_zero:
+            self.heartbeat = Heartbeat(self.line, self.every_s)
+            self.heartbeat.__enter__()
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Stop it."""
+        if self.heartbeat:
+            self.heartbeat.__exit__()
+            self.heartbeat = None
+
+    def on_exception(
+        self, trainer: Trainer, module: LightningModule, exception: BaseException
+    ) -> None:
+        """Stop it, as Lightning does not tear down what raised."""
+        self.teardown(trainer, module, "")
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Start the clock."""
-        self._restart()
-        self.begin = time.monotonic()
+        """Start the clock; say so if the run ends before it is first validated."""
         self.first_step = trainer.global_step
-        self.fetched = time.monotonic()
+        self._start_clock(self.first_step)
+        self.fetched = self.ended = time.monotonic()
+        self._restart()
+        if trainer.is_global_zero and (reason := never_validated(trainer)):
+            print(f"validation: never, as {reason}", flush=True)
+
+    def _start_clock(self, step: int) -> None:
+        assert self.module is not None
+        self.timed_from = step
+        self.clock = TimeLeft(self.module.trainer.max_steps - step)
+
+    def _set_clock(self, steps: float) -> None:
+        self.clock.done = steps - self.timed_from
 
     def _restart(self) -> None:
         self.last = time.monotonic()
@@ -42,19 +85,33 @@ class ProgressLine(Callback):
         self.waited = 0.0
 
     def on_train_batch_start(
-        self, trainer: Trainer, module: LightningModule, batch: Any, i: int
+        self, trainer: Trainer, module: LightningModule, batch: Step, i: int
     ) -> None:
-        """Note how long the step waited for its data."""
+        """Note how long the step waited for its data, and what it holds."""
         self.waited += time.monotonic() - self.fetched
+        self._begin(f"step {trainer.global_step + 1}", len(batch.micro_batches))
+
+    def on_after_backward(self, trainer: Trainer, module: LightningModule) -> None:
+        """Count a micro-batch."""
+        self.done += 1
+        self._set_clock(trainer.global_step + self.done / self.parts)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Step, i: int
     ) -> None:
         """Count the step's tokens; print and log when it is time."""
-        self.tokens += sum(b.input_ids.numel() for b in batch.micro_batches)
-        step = trainer.global_step
-        if step % self.every_n_steps == 0 or step == trainer.max_steps:
+        copies = module.copies if isinstance(module, LanguageModule) else 1
+        self.tokens += sum(b.input_ids.numel() for b in batch.micro_batches) / copies
+        self._begin("", 0)
+        step, now = trainer.global_step, time.monotonic()
+        self._set_clock(step)
+        next_end = now + (now - self.ended)
+        self.ended = now
+        first, last = step == self.first_step + 1, step == trainer.max_steps
+        if step % self.every_n_steps == 0 or first or last or next_end > self.last + self.every_s:
             self._report(trainer, module, step)
+        if first:  # slower than the others: what is compiled or allocated once
+            self._start_clock(step)
         self.fetched = time.monotonic()
 
     def _report(self, trainer: Trainer, module: LightningModule, step: int) -> None:
@@ -68,32 +125,72 @@ class ProgressLine(Callback):
             active = torch.cuda.memory_stats()["active_bytes.all.peak"]
             values["mem/max_active_gib"] = active / 2**30
         module.log_dict(values)
-        if trainer.is_global_zero:
-            seen = trainer.callback_metrics
-            done = step - self.first_step
-            left = (time.monotonic() - self.begin) / done * (trainer.max_steps - step)
-            print(
+        seen = trainer.callback_metrics
+        if self.heartbeat:
+            self.heartbeat.say(
                 f"step {step}/{trainer.max_steps}  loss {float(seen['train/loss']):.4f}  "
                 f"grad {float(seen['train/grad_norm']):.2f}  lr {float(seen['train/lr']):.2e}  "
-                f"{rate * trainer.world_size:,.0f} tok/s  ETA {_clock(left)}",
-                flush=True,
+                f"{rate * trainer.world_size:,.0f} tok/s  {self.clock}"
             )
         self._restart()
 
+    def line(self) -> str:
+        """Return where the run is, between two steps."""
+        assert isinstance(self.module, LanguageModule)
+        step = f"step {self.module.trained_steps}/{self.module.trainer.max_steps}"
+        if not self.parts:
+            return f"{step}  waiting for data, a checkpoint or other processes  {self.clock}"
+        return f"{step}  {self.what}: {self.done} of {self.parts} micro-batches  {self.clock}"
+
+    def _begin(self, what: str, parts: float) -> None:
+        """Take note of what is done now, in so many micro-batches."""
+        self.what, self.done, self.parts = what, 0, parts
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Take note of how much there is to read."""
+        self._begin("validation", sum(trainer.num_val_batches))
+
+    def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Take note of how much there is to read."""
+        self._begin("test", sum(trainer.num_test_batches))
+
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        """Count a micro-batch."""
+        self.done += 1
+
+    def on_test_batch_end(self, *_: Any, **__: Any) -> None:
+        """Count a micro-batch."""
+        self.done += 1
+
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Print the held-out loss; its time does not count as training."""
-        if trainer.is_global_zero and "val/loss" in trainer.callback_metrics:
-            loss = float(trainer.callback_metrics["val/loss"])
-            print(f"step {trainer.global_step}  held-out loss {loss:.4f}", flush=True)
+        """Print the held-out loss; its time does not count as the training's speed."""
+        self._say_held_out(module, "val/loss")
         if hasattr(self, "last"):
             self._restart()
-            self.fetched = time.monotonic()
+            self.fetched = self.ended = time.monotonic()
+
+    def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Print the held-out loss."""
+        self._say_held_out(module, "test/loss")
+
+    def _say_held_out(self, module: LightningModule, name: str) -> None:
+        self._begin("", 0)
+        assert isinstance(module, LanguageModule)
+        if self.heartbeat and (loss := module.trainer.callback_metrics.get(name)) is not None:
+            self.heartbeat.say(f"step {module.trained_steps}  held-out loss {float(loss):.4f}")
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+def never_validated(trainer: Trainer) -> str | None:
+    """Return why the rest of a run is not validated, if it is not."""
+    every, begin, end = trainer.val_check_batch, trainer.global_step, trainer.max_steps
+    data: Any = getattr(trainer, "datamodule", None)
+    if not trainer.enable_validation:
+        return "validation is switched off"
+    if isinstance(data, TrainingData) and not len(data.val_dataloader()):
+        return "the data has no held-out windows"
+    if isinstance(every, int) and end // every == begin // every:
+        return f"val_check_interval is {every} steps and the run ends at step {end}"
+    return None
 
 
 class Checkpoints(Callback):
@@ -107,13 +204,20 @@ class Checkpoints(Callback):
     def __init__(self, every_n_steps: int = 500, keep: int = 2) -> None:
         if keep < 1:
             raise ValueError(f"keep {keep}: at least one checkpoint must stay")
+        if every_n_steps < 1:
+            raise ValueError(f"checkpoints.every_n_steps {every_n_steps} must be 1 or more")
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.saved = -1
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Remove what an earlier process of this run began to save and did not finish."""
+        """Say so if only the end will be saved; remove what an earlier process left half saved."""
+        every, end = self.every_n_steps, trainer.max_steps
         if trainer.is_global_zero:
+            if end // every == trainer.global_step // every:
+                print(
+                    f"checkpoints: none before the end at step {end}, as every_n_steps is {every}"
+                )
             for torn in (run_folder(trainer) / "checkpoints").glob("*.tmp-*"):
                 shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
 

@@ -1,15 +1,19 @@
 """`lit_longctx fit | validate | test`: LightningCLI with this project's defaults and checks."""
 
+import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.tensorboard.summary import hparams
 
 import lit_longctx.data.finetuning
 import lit_longctx.data.pretraining  # noqa: F401 - makes the classes known by their short names
@@ -30,6 +34,43 @@ TRAINER = {
     "log_every_n_steps": 1,
     "check_val_every_n_epoch": None,
 }
+
+
+class SaveSettings(SaveConfigCallback):
+    """Writes the run's config.yaml, and its settings where loggers keep hyperparameters."""
+
+    def save_config(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Log the settings by their dotted names."""
+        settings = self.parser.dump(self.config, format="json", skip_none=False)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(json.loads(settings))
+
+
+class RunLog(TensorBoardLogger):
+    """TensorBoard in the run folder; its HPARAMS tab shows settings beside the last losses."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder, name="", version="", default_hp_metric=False)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        """Write hparams.yaml, anew after a resume, and what the tab needs."""
+        Path(self.log_dir, self.NAME_HPARAMS_FILE).unlink(missing_ok=True)
+        super().log_hyperparams(params)
+        shown = dict.fromkeys(("train/loss", "val/loss"), 0.0)
+        for summary in hparams(flat(params), shown):
+            self.experiment._get_file_writer().add_summary(summary)
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted names; what TensorBoard cannot hold is text."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value if isinstance(value, bool | int | float) else str(value)
+    return found
 
 
 class CLI(LightningCLI):
@@ -63,16 +104,20 @@ class CLI(LightningCLI):
         assert self.subcommand is not None
         options = self.config_init[self.subcommand].trainer
         if options.get("logger") in (None, True):
-            kwargs["logger"] = TensorBoardLogger(options.default_root_dir, name="", version="")
+            kwargs["logger"] = RunLog(options.default_root_dir)
         return super().instantiate_trainer(**kwargs)
 
 
 def fill_in_launcher(trainer: Any) -> None:
-    """Take devices and nodes from torchrun where they are left open."""
-    local = os.environ.get("LOCAL_WORLD_SIZE")
-    if local and trainer.devices == "auto":
+    """Take devices and nodes from torchrun, or else from Slurm, where they are left open."""
+    if trainer.devices != "auto":
+        return
+    if local := os.environ.get("LOCAL_WORLD_SIZE"):
         trainer.devices = int(local)
         trainer.num_nodes = int(os.environ["WORLD_SIZE"]) // int(local)
+    elif SLURMEnvironment.detect():
+        trainer.num_nodes = int(os.environ.get("SLURM_NNODES", 1))
+        trainer.devices = int(os.environ["SLURM_NTASKS"]) // trainer.num_nodes
 
 
 def find_checkpoint(run: Path, asked: str | None, resume: bool) -> str | None:
@@ -120,7 +165,7 @@ def run_cli(arguments: list[str]) -> None:
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
-        save_config_callback=SaveConfigCallback,
+        save_config_callback=SaveSettings,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={**TRAINER, "callbacks": [KeepTokenizer()]},
         parser_kwargs={"exit_on_error": False},

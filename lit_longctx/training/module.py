@@ -15,6 +15,7 @@ from lit_longctx import parameters
 from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import Batch, Step
 from lit_longctx.checkpoint import Checkpoint, describe, describe_layers, open_checkpoint
+from lit_longctx.context_parallel import ContextParallel, apply_context_parallel
 from lit_longctx.data.interface import DataDescription, TrainingData, describe_data
 from lit_longctx.data.tokenizer import check_tokenizer
 from lit_longctx.evaluation.metrics import LossByPosition
@@ -92,7 +93,10 @@ class LanguageModule(LightningModule, ABC):
         self.seed = seed
         self.memory = memory
         self.memories: list[Memory] = []
+        self.context_parallel: ContextParallel | None = None
+        self._told = False
         self.samples_consumed = 0
+        self.loaded_step = 0
         self.llama: Llama | None = None
         self.held_out_loss: LossByPosition | None = None
 
@@ -103,6 +107,8 @@ class LanguageModule(LightningModule, ABC):
         if self.llama is not None:
             return
         self._check_data()
+        if self.trainer.state.fn == "fit" and self.trainer.max_steps > 0:
+            self.settings.check(self.trainer.max_steps)
         with torch.device("meta"):
             llama = Llama(self.config, self.layers, self.attn_implementation)
         parallel.apply_recompute(llama)
@@ -112,9 +118,10 @@ class LanguageModule(LightningModule, ABC):
             parallel.apply_compile(llama)
         strategy = self.trainer.strategy
         if isinstance(strategy, parallel.FSDP2Strategy):
-            parallel.apply_sharding(
-                llama, strategy.device_mesh["data_parallel"], self.compute_dtype
-            )
+            if (context := strategy.context) is not None:
+                apply_context_parallel(llama, context)
+                self.context_parallel = context
+            parallel.apply_sharding(llama, strategy.sharding_mesh, self.compute_dtype)
             strategy.check_model = self._check_resumed
         llama.to_empty(device=strategy.root_device)
         fresh = parameters.fill(llama, self._whole_start(), self.seed)
@@ -136,9 +143,11 @@ class LanguageModule(LightningModule, ABC):
         return whole.path
 
     def _check_data(self) -> None:
-        data = self.data
+        data, strategy = self.data, self.trainer.strategy
         if self.memory and not data.lanes:
             raise ValueError("memory needs rows that walk through documents; set data's lanes true")
+        if self.memory and isinstance(strategy, parallel.FSDP2Strategy) and strategy.context:
+            raise ValueError("a memory needs whole rows; set memory 0, or context_parallel_size 1")
         if self.memory and self.layers.depend_on_length:
             raise ValueError(f"{self.layers} cannot have a memory; set memory 0")
         if data.tokenizer:
@@ -177,6 +186,8 @@ class LanguageModule(LightningModule, ABC):
         assert self.llama is not None
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
+        if self.context_parallel is not None and not self._told:
+            self._tell_balance(self.context_parallel, step)
         settings = self.settings
         self.llama.layers = settings.layers_at(self.global_step)
         found = accumulate_gradients(
@@ -185,6 +196,7 @@ class LanguageModule(LightningModule, ABC):
             self._sources(step),
             self.manual_backward,
             self.gradient_clip,
+            copies=self.copies,
         )
         if not found.is_finite:
             optimizer.zero_grad()
@@ -202,6 +214,30 @@ class LanguageModule(LightningModule, ABC):
             "tokens": float(step.next_token),
         }
         self.log_dict({f"train/{name}": value for name, value in values.items()})
+        self._log_step()
+
+    @property
+    def trained_steps(self) -> int:
+        """Updates that made the weights; of a checkpoint that is only measured, its own."""
+        return self.global_step or self.loaded_step
+
+    def _log_step(self) -> None:
+        """Have loggers count steps as the console does; Lightning would count from 0, by epoch."""
+        self.log("step", float(self.trained_steps))
+
+    def _tell_balance(self, context: ContextParallel, step: Step) -> None:
+        """Say how evenly the documents of a first step give the processes attention to do."""
+        self._told = True
+        found = [context.imbalance(batch) for batch in step.micro_batches]
+        rank_zero_only(print)(
+            f"context parallelism: {type(context).__name__.lower()} over {context.size} processes; "
+            f"the busiest does {sum(found) / len(found):.2f} × its share of attention"
+        )
+
+    @property
+    def copies(self) -> int:
+        """Processes that have the same rows as this one, itself among them."""
+        return 1 if self.context_parallel is None else self.context_parallel.size
 
     @property
     def data(self) -> DataDescription:
@@ -268,6 +304,7 @@ class LanguageModule(LightningModule, ABC):
     def _log_held_out(self, prefix: str) -> None:
         assert self.held_out_loss is not None
         self.log_dict(self.held_out_loss.scalars(prefix), sync_dist=False)
+        self._log_step()
         self.held_out_loss = None
 
     # ---- checkpoints
@@ -298,7 +335,7 @@ class LanguageModule(LightningModule, ABC):
         """Take up the count of samples, and the layers of the last step that was trained."""
         assert self.llama is not None
         self._count(checkpoint["samples_consumed"])
-        step = checkpoint["global_step"]
+        self.loaded_step = step = checkpoint["global_step"]
         stored, ours = checkpoint.get("stages"), self.data.stages_until(step)
         if self.trainer.state.fn == "fit" and stored != ours:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""How a Llama is spread over processes: FSDP2, and checkpoints that are whole or refused."""
+"""How a Llama is spread over processes, and its checkpoints, which are whole or refused."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
@@ -31,6 +31,7 @@ from lit_longctx.checkpoint import (
     open_checkpoint,
     steps_of,
 )
+from lit_longctx.context_parallel import ContextParallel, ContextParallelName, context_parallel
 from lit_longctx.model import MLP, Llama
 
 
@@ -98,25 +99,70 @@ class FSDP2Strategy(ModelParallelStrategy):
     used.
 
     Args:
+        context_parallel_size: Processes that divide each row among them; neighbours, best on one
+            node.
+        context_parallel: `zigzag`, chunks of each row and gathered keys and values; or `ulysses`,
+            heads for tokens, where query heads divide.
+        kv_heads_at_once: Key and value heads that zigzag gathers at a time; default: all.
+        replicate_size: Copies of the sharded model; each is sharded over the processes that are
+            left, say those of a node (HSDP).
         process_group_backend: `gloo` or `nccl`; default: by device.
         timeout_minutes: After how long a collective that a process never joins fails.
     """
 
     def __init__(
-        self, process_group_backend: str | None = None, timeout_minutes: float = 30.0
+        self,
+        context_parallel_size: int = 1,
+        context_parallel: ContextParallelName = "zigzag",
+        kv_heads_at_once: int | None = None,
+        replicate_size: int = 1,
+        process_group_backend: str | None = None,
+        timeout_minutes: float = 30.0,
     ) -> None:
         super().__init__(
             tensor_parallel_size=1,
             process_group_backend=process_group_backend,
             timeout=timedelta(minutes=timeout_minutes),
         )
+        if min(context_parallel_size, replicate_size) < 1:
+            raise ValueError(
+                f"context_parallel_size {context_parallel_size} and replicate_size "
+                f"{replicate_size} must be 1 or more"
+            )
+        self.context_parallel_size = context_parallel_size
+        self.replicate_size = replicate_size
+        self._context = (context_parallel, kv_heads_at_once)
+        self.context: ContextParallel | None = None
+        """How rows are divided; None where they are not."""
+        self.sharding_mesh: DeviceMesh
+        """Processes by replica and shard; context-parallel ones are shards like the others."""
         self.check_model: Callable[[Checkpoint], None] | None = None
         """Raises if a checkpoint to go on from is of another model; set by the module."""
 
     def setup_environment(self) -> None:
         """Resolve the mesh size here: Lightning's own `auto` would mean tensor parallelism."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        world = self._data_parallel_size = self.num_nodes * self.num_processes
+        for name in ("context_parallel_size", "replicate_size"):
+            if world % (size := getattr(self, name)):
+                raise ValueError(f"{world} processes do not divide by {name} {size}")
         super().setup_environment()
+        device = self.root_device.type
+        self.sharding_mesh = self.device_mesh["data_parallel"]
+        if self.replicate_size > 1:
+            shape = (self.replicate_size, world // self.replicate_size)
+            names = ("replicate", "shard")
+            self.sharding_mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+        if self.context_parallel_size > 1:
+            shape = (world // self.context_parallel_size, self.context_parallel_size)
+            mesh = init_device_mesh(device, shape, mesh_dim_names=("data", "context"))
+            name, at_once = self._context
+            self.context = context_parallel(name, mesh.get_group("context"), at_once)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Number of processes that read rows of their own, and which of them this is."""
+        size = self.context_parallel_size
+        return {"num_replicas": self.world_size // size, "rank": self.global_rank // size}
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None

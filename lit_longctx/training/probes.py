@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_longctx.data.interface import describe_data
-from lit_longctx.data.steps import StepData
+from lit_longctx.data.steps import StepData, data_rank
 from lit_longctx.data.tokenizer import open_tokenizer
 from lit_longctx.data.windows import Windows
 from lit_longctx.evaluation.evaluate import haystack
@@ -15,6 +15,7 @@ from lit_longctx.evaluation.grid import Grid, Probe
 from lit_longctx.evaluation.probes import forced
 from lit_longctx.evaluation.prompts import Haystack
 from lit_longctx.model import Llama
+from lit_longctx.training.module import LanguageModule
 
 
 class Probes(Callback):
@@ -68,7 +69,7 @@ class Probes(Callback):
                 module.log(f"probe/{name}/{length}", float(score))
                 module.log(f"probe/{name}_nats/{length}", float(loss))
             if trainer.is_global_zero:
-                self._show(trainer, probe, scores)
+                self._show(module, probe, scores)
 
     def _answers(self, probe: Probe, name: str, module: LightningModule) -> np.ndarray:
         """Return hit and mean nats of each unit; every process runs the model as often."""
@@ -76,22 +77,24 @@ class Probes(Callback):
         found = torch.zeros(len(units), 2, dtype=torch.float64, device=module.device)
         llama = module.llama
         assert isinstance(llama, Llama)
-        ranks = module.trainer.world_size
+        rank, ranks = data_rank(module.trainer)
         for first in range(0, len(units), ranks):
-            number = first + module.global_rank
+            number = first + rank
             answer = forced(llama, [probe.sample(units[min(number, len(units) - 1)])])[0]
             if number < len(units):
                 found[number] = torch.tensor([float(answer.exact), float(answer.nats.mean())])
         if dist.is_initialized():
             dist.all_reduce(found)
+            found /= dist.get_world_size() // ranks  # which of them found the same
         return found.cpu().numpy()
 
-    def _show(self, trainer: Trainer, probe: Probe, scores: np.ndarray) -> None:
-        name = probe.name
+    def _show(self, module: LightningModule, probe: Probe, scores: np.ndarray) -> None:
+        assert isinstance(module, LanguageModule)
+        name, step = probe.name, module.trained_steps
         means = zip(self.grid.lengths, scores.mean(1), strict=True)
         each = ", ".join(f"{mean:.2f} at {length:,}" for length, mean in means)
-        print(f"step {trainer.global_step}  {name} {each}", flush=True)
+        print(f"step {step}  {name} {each}", flush=True)
         figure = probe.draw({name: scores.tolist()})
-        for logger in trainer.loggers:
+        for logger in module.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure(f"probe/{name}", figure, trainer.global_step)
+                logger.experiment.add_figure(f"probe/{name}", figure, step)

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import cos, pi
+from math import cos, inf, pi
+from typing import final
 
 
 class Schedule(ABC):
@@ -19,48 +20,72 @@ def updates(number: float, steps: int) -> int:
 
 
 @dataclass(frozen=True)
-class WarmupCosine(Schedule):
-    """Linear warm-up, then half a cosine down to `final` (arXiv:1608.03983, eq. 5)."""
+class Warmup(Schedule):
+    """Linear warm-up to the peak; what follows it, a subclass says."""
 
     warmup_steps: float = 0
     """Updates until the peak is reached; below 1: share of all updates."""
-    final: float = 0.1
-    """Factor at the last update."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_steps < inf:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} must be 0 or more: updates, or below 1 a share "
+                "of all of them"
+            )
+
+    def check(self, steps: int) -> None:
+        """Raise ValueError if a run of `steps` updates ends before its warm-up does."""
+        if updates(self.warmup_steps, steps) > steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps:g} would never end: the run, or its stage, has "
+                f"{steps} steps; set fewer, or a share such as 0.1"
+            )
 
     def factor(self, step: int, steps: int) -> float:
-        """Rise to 1 in warmup_steps updates, reach `final` at the last."""
+        """Rise to 1 in warmup_steps updates."""
         rising = updates(self.warmup_steps, steps)
         if step < rising:
             return (step + 1) / rising
+        return self.after_warmup(step, rising, steps)
+
+    @abstractmethod
+    def after_warmup(self, step: int, rising: int, steps: int) -> float:
+        """Factor of an update after the first `rising` ones."""
+
+
+@final
+@dataclass(frozen=True)
+class WarmupCosine(Warmup):
+    """Linear warm-up, then half a cosine down to `final` (arXiv:1608.03983, eq. 5)."""
+
+    final: float = 0.1
+    """Factor at the last update."""
+
+    def after_warmup(self, step: int, rising: int, steps: int) -> float:
+        """Reach `final` at the last update."""
         done = (step - rising) / max(1, steps - 1 - rising)
         return self.final + (1 - self.final) * (1 + cos(pi * min(1.0, done))) / 2
 
 
+@final
 @dataclass(frozen=True)
-class WarmupLinear(Schedule):
+class WarmupLinear(Warmup):
     """Linear warm-up, then a line down to `final` (YaRN's and LongRoPE's training scripts)."""
 
-    warmup_steps: float = 0
-    """Updates until the peak is reached; below 1: share of all updates."""
     final: float = 0.0
     """Factor that the update after the last would have."""
 
-    def factor(self, step: int, steps: int) -> float:
-        """Rise to 1 in warmup_steps updates, then fall by equal steps."""
-        rising = updates(self.warmup_steps, steps)
-        if step < rising:
-            return (step + 1) / rising
+    def after_warmup(self, step: int, rising: int, steps: int) -> float:
+        """Fall by equal steps."""
         left = max(0.0, (steps - step) / max(1, steps - rising))
         return self.final + (1 - self.final) * left
 
 
+@final
 @dataclass(frozen=True)
-class WarmupConstant(Schedule):
+class WarmupConstant(Warmup):
     """Linear warm-up, then the peak (Fu et al. 2024, arXiv:2402.10171)."""
 
-    warmup_steps: float = 0
-    """Updates until the peak is reached; below 1: share of all updates."""
-
-    def factor(self, step: int, steps: int) -> float:
-        """Rise to 1 in warmup_steps updates and stay."""
-        return min(1.0, (step + 1) / max(1, updates(self.warmup_steps, steps)))
+    def after_warmup(self, step: int, rising: int, steps: int) -> float:
+        """Stay."""
+        return 1.0

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from lit_longctx.data.stages import Course
 from lit_longctx.layers import Layers
-from lit_longctx.training.schedule import Schedule
+from lit_longctx.training.schedule import Schedule, Warmup
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,12 @@ class StageSettings:
     learning_rate: float
     """Peak of stages that name none."""
     schedule: Schedule
+
+    def check(self, max_steps: int) -> None:
+        """Raise ValueError if a run of `max_steps`, or a stage of it, ends before its warm-up."""
+        if isinstance(self.schedule, Warmup):
+            anew = [s.steps for s in self.course.stages if s.learning_rate is not None]
+            self.schedule.check(min(anew, default=max_steps))
 
     def layers_at(self, step: int) -> Layers:
         """Return the layers of a step: a stage may have its own theta."""

@@ -69,10 +69,15 @@ def trained(kind):
 
 
 def write(folder, model, **config):
+    """A tokenizer that puts BOS in front of a text."""
     folder.mkdir(exist_ok=True)
-    model.save(str(folder / "tokenizer.json"))
     known = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **known, **config}
+    bos = config["bos_token"]
+    model.post_processor = processors.TemplateProcessing(
+        f"{bos} $A", special_tokens=[(bos, model.token_to_id(bos))]
+    )
+    model.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
@@ -187,6 +192,18 @@ def test_the_assistant_says_its_answers_and_the_end_of_turn(folder, template, tm
     assert said(ours.tokenizer, found) == BYTE_LEVEL[template]
     assert found.ids[0] == 1
     assert not found.answers[0]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_answer_not_to_learn_is_read_and_not_said(folder, template, tmp_path):
+    ours = ours_of(folder, template, tmp_path)
+    chat = talk("Hello\n", "Fine. ", "Who?", "the dog")
+    whole = ours.render(chat)
+    turns = list(chat.messages)
+    turns[1] = turns[1]._replace(learnt=False)
+    found = ours.render(chat._replace(messages=tuple(turns)))
+    assert found.ids.tolist() == whole.ids.tolist()
+    assert said(ours.tokenizer, found) == BYTE_LEVEL[template][1:]
 
 
 def test_by_hand(folder, tmp_path):
@@ -637,6 +654,14 @@ def test_the_document_is_known_to_the_token(folder, template, document, tmp_path
     assert document.strip().endswith(inside.strip())
     assert len(inside.strip()) >= len(document.strip()) - len("the ")  # " the" may begin before it
     assert decode(whole.ids[stop:].tolist()).startswith("\n\nthe fox?")
+
+
+def test_the_document_is_known_behind_a_system_prompt(folder, tmp_path):
+    ours = ours_of(folder, "chatml", tmp_path)
+    row = {"system": "the dog", "document": "the lazy dog. " * 3, "question": "?", "answer": "!"}
+    whole = ours.render(conversation(row, "name", "source"))
+    inside = ours.tokenizer.model.decode(whole.ids[slice(*whole.document)].tolist())
+    assert inside.strip() == row["document"].strip()
 
 
 def test_a_token_that_reaches_beyond_the_document_is_never_cut(tmp_path):

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lit_longctx.data.chats import FIELDS, Conversation, Malformed, conversation
+from lit_longctx.data.chats import Conversation, Malformed, conversation
 from lit_longctx.data.faults import Broken, Faults
 from lit_longctx.data.inputs import files
 from lit_longctx.data.rows import READERS
@@ -45,6 +45,39 @@ GOOD = {
         },
         (("user", "a b"), ("assistant", "c")),
     ),
+    "sharegpt's words in messages": (
+        {"messages": [{"role": r, "content": c} for r, c in (("human", "a"), ("gpt", "b"))]},
+        (("user", "a"), ("assistant", "b")),
+    ),
+    "chat's words in sharegpt": (
+        {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]},
+        (("user", "a"), ("assistant", "b")),
+    ),
+    "chat's fields in sharegpt": ({"conversations": CHAT}, TURNS),
+    "system beside messages": ({"system": "Be kind.", "messages": CHAT[1:]}, TURNS),
+    "system prompt beside conversations": (
+        {"system_prompt": "Be kind.", "conversations": SHAREGPT[1:]},
+        TURNS,
+    ),
+    "system beside alpaca": (
+        {"system": "Be kind.", "instruction": "Why?", "input": "", "output": "Because."},
+        TURNS,
+    ),
+    "empty system beside messages": ({"system": "", "messages": CHAT}, TURNS),
+    "dolly": (
+        {"instruction": "Sum up.", "context": "Long.", "response": "Short.", "category": "x"},
+        (("user", "Sum up.\n\nLong."), ("assistant", "Short.")),
+    ),
+    "dolly without context": (
+        {"instruction": "Sing.", "context": "", "response": "La"},
+        (("user", "Sing."), ("assistant", "La")),
+    ),
+    "ultrachat": ({"prompt": "Why?", "prompt_id": "7", "messages": CHAT}, TURNS),
+    "labels of a message": (
+        {"messages": [{**message, "id": 1, "tool_calls": []} for message in CHAT]},
+        TURNS,
+    ),
+    "empty fields": ({"messages": CHAT, "tools": [], "history": None, "notes": ""}, TURNS),
     "space around": (
         {"instruction": " Sing.\n", "output": "\n La "},
         (("user", " Sing.\n"), ("assistant", "\n La ")),
@@ -56,7 +89,8 @@ GOOD = {
 def test_a_row_says_its_turns(name):
     row, expected = GOOD[name]
     found = conversation(row, "file:7", "some")
-    assert tuple(tuple(message) for message in found.messages) == expected
+    assert tuple((message.role, message.content) for message in found.messages) == expected
+    assert all(message.learnt for message in found.messages)
     assert found[1:] == ("file:7", "some", 5 if name == "document" else 0)
 
 
@@ -73,6 +107,28 @@ def test_a_row_may_name_itself(key, expected):
     assert conversation({"messages": CHAT, "id": key}, "n", "s").id == expected
 
 
+def test_the_document_is_found_behind_a_system_prompt():
+    row = {"system": "Be kind.", "document": "Long.", "question": "?", "answer": "!"}
+    found = conversation(row, "", "")
+    assert [message.role for message in found.messages] == ["system", "user", "assistant"]
+    assert found.messages[1].content[: found.document] == "Long."
+
+
+@pytest.mark.parametrize("spelled", [("train", False, True), ("weight", 0, 1), ("weight", 0.0, 1)])
+def test_an_answer_may_be_one_not_to_learn(spelled):
+    key, no, yes = spelled
+    turns = [{**CHAT[1], key: no}, {**CHAT[2], key: no}, CHAT[1], {**CHAT[2], key: yes}]
+    found = conversation({"messages": turns}, "", "").messages
+    assert [message.learnt for message in found] == [False, False, True, True]
+
+
+def test_a_field_is_a_label_where_that_is_said():
+    row = {"messages": CHAT, "rating": 0.9}
+    with pytest.raises(Malformed, match=r"field 'rating' is not read \(a label\? --reader\.labels"):
+        conversation(row, "n", "s")
+    assert conversation(row, "n", "s", {"rating"}) == conversation({"messages": CHAT}, "n", "s")
+
+
 def chat(*turns):
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
@@ -81,7 +137,62 @@ def answered(content):
     return chat(("user", "a"), ("assistant", content))
 
 
+PARTS = "content has parts other than text"
+
+
+def not_read(name):
+    return f"field {name!r} is not read (a label? --reader.labels [{name!r}])"
+
+
 BAD = {
+    **{
+        f"{name} beside messages": ({name: value, "messages": CHAT}, not_read(name))
+        for name, value in {
+            "context": "THE PASSAGE",
+            "history": [["a", "b"]],
+            "tools": [{"name": "f"}],
+            "text": "other",
+            "train": False,
+            "weight": 0,
+            "conversations": SHAREGPT,
+            "input": "a",
+            "a\nb": "c",
+        }.items()
+    },
+    **{
+        f"{name} in a message": ({"messages": [CHAT[1], {**CHAT[2], name: value}]}, not_read(name))
+        for name, value in {
+            "reasoning_content": "hm",
+            "thinking": "hm",
+            "name": "Eve",
+            "tool_call_id": "1",
+            "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}],
+        }.items()
+    },
+    "two system prompts": ({"system": "a", "messages": CHAT}, "two system prompts"),
+    "two spellings of it": (
+        {"system": "a", "system_prompt": "b", "messages": CHAT[1:]},
+        "fields system and system_prompt together",
+    ),
+    "alpaca and dolly": (
+        {"instruction": "a", "input": "b", "context": "c", "output": "d"},
+        "fields input and context together",
+    ),
+    "content and value": (
+        {"messages": [{**CHAT[1], "value": "b"}, CHAT[2]]},
+        "fields content and value together",
+    ),
+    "system prompt as list": ({"system": ["a"], "messages": CHAT[1:]}, PARTS),
+    "half a weight": ({"messages": [CHAT[1], {**CHAT[2], "weight": 0.5}]}, "message weights"),
+    "train as text": ({"messages": [CHAT[1], {**CHAT[2], "train": "no"}]}, "message weights"),
+    "a question to learn": (
+        {"messages": [{**CHAT[1], "train": True}, CHAT[2]]},
+        "a question to learn",
+    ),
+    "nothing to learn": (
+        {"messages": [CHAT[1], {**CHAT[2], "train": False}]},
+        "no answer to learn",
+    ),
     "list": ([], "row is no object"),
     "text": ("a", "row is no object"),
     "broken": (Broken("broken JSON"), "broken JSON"),
@@ -98,12 +209,6 @@ BAD = {
     "capital role": (chat(("User", "a"), ("assistant", "c")), "unknown role"),
     "role as list": (chat((["user"], "a"), ("assistant", "c")), "unknown role"),
     "no role": ({"messages": [{"content": "a"}]}, "unknown role"),
-    "sharegpt's words in messages": (chat(("human", "a"), ("gpt", "b")), "unknown role"),
-    "chat's words in sharegpt": (
-        {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]},
-        "unknown role",
-    ),
-    "chat's fields in sharegpt": ({"conversations": CHAT}, "unknown role"),
     "role as list in sharegpt": (
         {"conversations": [{"from": ["gpt"], "value": "a"}]},
         "unknown role",
@@ -183,7 +288,7 @@ def test_reasons_are_few_and_counted():
         except Malformed as error:
             faults.add(str(error), name)
     assert faults.kinds.total() == len(BAD)
-    assert faults.kinds["unknown role"] == 8
+    assert faults.kinds["unknown role"] == 5
     assert faults.examples["tool calls"] == "tool calls"
 
 
@@ -197,7 +302,7 @@ def test_rows_of_files_are_the_same_conversations(tmp_path, kind, name):
     else:
         pq.write_table(pa.Table.from_pylist([row]), path)
     (file,) = files(str(path))
-    ((_, found),) = READERS[file.kind](file, FIELDS, 2**20)
+    ((_, found),) = READERS[file.kind](file, None, 2**20)
     expected = conversation(row, "n", "s")
     assert isinstance(expected, Conversation)
     assert conversation(found, "n", "s") == expected

@@ -118,6 +118,32 @@ def test_rows_hold_whole_conversations_and_know_their_answers(folder):
     assert found == expected
 
 
+def test_what_a_row_says_is_learnt_or_it_is_refused(tmp_path):
+    """`train: false` is read and not learnt; fields that are read or refused, none dropped."""
+    hi, bad = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "BADBAD"}
+    turns = [hi, {**bad, "train": False}, hi, {"role": "assistant", "content": "GOOD"}]
+    rows = [
+        {"messages": turns},
+        {"instruction": "Sum up", "context": "THE PASSAGE", "output": "Short."},
+        {"system_prompt": "BE BRIEF", "messages": [hi, {"role": "assistant", "content": "Yo"}]},
+        {"messages": turns, "mood": "grave"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = str(tmp_path / "out")
+    content = prepare(str(tmp_path / "rows.jsonl"), out, chat=True, held_out=0, tolerated=0.5)
+    assert [fault["count"] for fault in content["broken"].values()] == [1]
+    assert "'mood' is not read" in next(iter(content["broken"]))
+    learnt, texts = [], []
+    for ids, answers in iter(Conversations(out, "train", WINDOW)):
+        learnt.append(bytes(ids[answers & (ids < 256)].tolist()).decode())
+        texts.append(bytes(ids[ids < 256].tolist()).decode())
+    assert learnt == ["GOOD", "Short.", "Yo"]
+    assert "BADBAD" in texts[0]
+    assert "Sum up\n\nTHE PASSAGE" in texts[1]
+    assert "<|system|>\nBE BRIEF" in texts[2]
+    assert content["splits"]["train"]["answer_tokens"] == sum(len(text) + 1 for text in learnt)
+
+
 def test_what_is_cut_and_left_out_is_told(folder, tmp_path):
     lengths = [len(ids_of(told(row))) for row in questions(24)]
     report = data(folder).readers(data(folder).longest)["long"].report()

@@ -85,7 +85,7 @@ def test_saved_bytes_are_the_same_ids_for_tokenizers(tmp_path):
     theirs.encode_special_tokens = True
     texts = [*random_texts(300), "<bos>", "a<eos>b <bos>"]
     for text, ids in zip(texts, coder.encode(texts), strict=True):
-        found = theirs.encode(text).ids
+        found = theirs.encode(text, add_special_tokens=False).ids
         assert found == ids.tolist()
         assert theirs.decode(found) == text
 
@@ -99,8 +99,8 @@ def test_saved_bytes_are_the_same_ids_for_transformers(tmp_path):
     texts = random_texts(300)
     for text, ids in zip(texts, coder.encode(texts), strict=True):
         found = theirs(text)["input_ids"]
-        assert found == ids.tolist()
-        assert theirs.decode([256, *found, 257], skip_special_tokens=True) == text
+        assert found == [256, *ids.tolist()]
+        assert theirs.decode([*found, 257], skip_special_tokens=True) == text
 
 
 @pytest.mark.parametrize("text", ["<s>", "a <s> b", "<s><s>", "</s><s>", " <s>\n", "<", "s>", "<s"])

@@ -5,21 +5,23 @@ import shutil
 import struct
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from training import runs
 
+from lit_longctx.batch import Batch
 from lit_longctx.checkpoint import export_pretrained
 from lit_longctx.evaluation.evaluate import evaluate
 from lit_longctx.evaluation.held_out import HeldOutLoss
 from lit_longctx.evaluation.sliding import Slide
 from lit_longctx.generate import reading
 from lit_longctx.model import Llama, LlamaConfig
-from lit_longctx.position import RoPE
+from lit_longctx.position import NoPE, PositionInterpolation, RoPE, TransformerXL, YaRN
 
 WINDOW, WINDOWS = 512, 4
 EDGES = [0, 128, 256, 512]
@@ -80,7 +82,7 @@ def held_out_tokens(folder: str) -> Tensor:
 
 
 @torch.no_grad()
-def nats_by_place(llama: Llama, folder: str) -> list[tuple[int, float, int]]:
+def nats_by_place(llama: Any, folder: str) -> list[tuple[int, float, int]]:
     """(place, nats, document's length) of every target in evenly spread windows."""
     stream = held_out_tokens(folder)
     last = (len(stream) - 1) // WINDOW - 1
@@ -131,6 +133,52 @@ def test_numbers_are_those_of_a_loop_over_the_held_out_tokens(
     assert gain["inside"][0] == pytest.approx(inside / sum(number[:2]), abs=1e-5)
     assert gain["beyond"][0] == pytest.approx(before[2] - after[2], abs=1e-5)
     assert gain["beyond"][1] <= gain["beyond"][0] <= gain["beyond"][2]
+
+
+class Theirs(NamedTuple):
+    """A model of transformers, asked as ours is."""
+
+    model: Any
+
+    def logits(self, batch: Batch) -> Tensor:
+        return self.model(batch.input_ids).logits
+
+
+def test_other_positions_stand_beside_the_checkpoints_own(
+    result: tuple[dict[str, Any], Path], models: dict[str, Llama], data: list[str], tmp_path: Path
+):
+    """Against transformers, which is given the same weights under another config."""
+    folder, _ = models
+    schemes = {
+        "yarn": YaRN(theta=1e4, factor=4.0, original_context=256),
+        "linear": PositionInterpolation(theta=1e4, factor=2.0),
+    }
+    how = {"window": WINDOW, "windows": WINDOWS, "device": "cpu"}
+    found = evaluate([folder], data, str(tmp_path), positions=list(schemes.values()), **how)
+    own, *others = found["loss"]
+    assert own == folder
+    assert found["loss"][own] == result[0]["loss"][folder]
+    settings = {"rope_theta": 1e4, "original_max_position_embeddings": 256}
+    for column, (kind, scheme) in zip(others, schemes.items(), strict=True):
+        assert column.startswith(f"{folder} {type(scheme).__name__}(")
+        config = transformers.LlamaConfig.from_pretrained(folder)
+        config.rope_parameters = {**settings, "rope_type": kind, "factor": scheme.factor}
+        theirs = transformers.LlamaForCausalLM.from_pretrained(folder, config=config)
+        tokens = [pair for each in data for pair in nats_by_place(Theirs(theirs), each)]
+        mean = sum(nats for _, nats, _ in tokens) / len(tokens)
+        assert found["overall"][column] == pytest.approx(mean, rel=1e-5)
+        assert abs(found["overall"][column] - found["overall"][own]) > 1e-5
+    table = (tmp_path / "loss_by_position.md").read_text().splitlines()[0]
+    assert all(f"| {column} |" in table for column in (own, *others))
+
+
+def test_a_scheme_whose_weights_are_not_there_is_refused(
+    models: dict[str, Llama], data: list[str], tmp_path: Path
+):
+    with pytest.raises(ValueError, match=r"TransformerXL has weights .* train it first"):
+        evaluate([*models], data, str(tmp_path), window=WINDOW, positions=[TransformerXL()])
+    with pytest.raises(ValueError, match=r"two columns would be named .* NoPE\(\)"):
+        evaluate([*models], data, str(tmp_path), window=WINDOW, positions=[NoPE(), NoPE()])
 
 
 def test_files_hold_what_was_returned(result: tuple[dict[str, Any], Path]):
@@ -285,3 +333,42 @@ def test_sliding_perplexity_of_whole_documents(
     assert (tmp_path / "perplexity.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"no held-out document of short has 4096 tokens; .* has"):
         evaluate([folder], data[:1], str(tmp_path), ["perplexity"], device="cpu")
+
+
+def spread(ranks: int, result: tuple[dict[str, Any], Path], data: list[str], *more: Any) -> None:
+    """Measure again on several processes, and compare with what one found."""
+    expected, output = result
+    output = output.with_name(f"on {ranks}")
+    options = ["--device", "cpu", "--window", WINDOW, "--windows", WINDOWS]
+    options += ["--checkpoint", json.dumps(list(expected["loss"])), "--data", json.dumps(data)]
+    options += ["--output", output, "--context_parallel_size", 2, *more]
+    runs.run("evaluate", *options, ranks=ranks).succeeded()
+    found = json.loads((output / "results.json").read_text())
+    for name, losses in expected["loss"].items():
+        assert runs.largest_difference(found["loss"][name], losses) <= 2e-6
+
+
+def test_processes_share_rows(result: tuple[dict[str, Any], Path], data: list[str]):
+    spread(2, result, data)
+
+
+@pytest.mark.slow
+def test_groups_of_processes_take_units_of_their_own(
+    result: tuple[dict[str, Any], Path], data: list[str]
+):
+    probes = [
+        "--tasks",
+        '["loss", "needle"]',
+        "--grid.lengths",
+        "[384]",
+        "--grid.answers",
+        "forced",
+    ]
+    spread(4, result, data, "--context_parallel", "ulysses", *probes)
+
+
+def test_processes_that_do_not_divide_are_refused(
+    result: tuple[dict[str, Any], Path], data: list[str], tmp_path: Path
+):
+    with pytest.raises(ValueError, match="1 processes do not divide by context_parallel_size 2"):
+        evaluate(list(result[0]["loss"]), data, str(tmp_path), context_parallel_size=2)

@@ -76,6 +76,7 @@ def test_evaluate_writes_probes_beside_the_loss(tmp_path: Path, capsys):
     assert np.shape(stored["probes"]["passkey"][str(run)]) == (2, 3)
     assert np.shape(stored["probes"]["common_words"][str(run)]) == (2, 1)
     assert stored["grid"]["lengths"] == [300, 512]
+    assert np.shape(stored["probe_intervals"]["passkey"][str(run)]) == (2, 3, 2)
     for name in tasks[1:]:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         table = (tmp_path / f"{name}.md").read_text()
@@ -105,6 +106,32 @@ def test_impossible_probes_are_refused(tmp_path: Path, tasks, lengths, message):
     with pytest.raises(ValueError, match=message):
         evaluate([str(run)], data, str(tmp_path / "out"), tasks, window=256, grid=settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_samples_of_the_needle_are_different_and_told(llama):
+    grid = Grid([400], [0.0, 100.0], samples=3)
+    probe = Probe("needle", grid, Haystack(CODER))
+    units = probe.units()
+    assert [unit["seed"] for unit in units] == [0, 1, 2] * 2
+    assert len({probe.sample(unit).references for unit in units}) == 3
+    values = {"a": [1.0, 1.0, 0.0, 0.0, 0.0, 0.0], "b": [1.0] * 6}
+    section = probe.report(values, 400)
+    assert section.results["probes"]["needle"]["a"] == [[pytest.approx(2 / 3), 0.0]]
+    table = section.tables["needle"]
+    assert "in every cell: 3 prompts, each with secrets and context of its own; 95 %" in table
+    assert "| a: tokens, depth | 0 % | 100 % |" in table
+    assert "| 400 | 0.67 [0.21, 0.94] | 0.00 [0.00, 0.56] |" in table
+    assert "[–]" not in table
+
+
+def test_one_prompt_says_why_there_is_no_interval():
+    probe = Probe("first_sentence", Grid([800], samples=1), Haystack(CODER))
+    probe.units()
+    table = probe.report({"a": [0.0], "b": [1.0]}, 400).tables["first_sentence"]
+    assert "+1.000 [–]" in table
+    assert "[–]: an interval needs two prompts or more that reach there; one does" in table
+    assert "raise --grid.samples" in table
+    assert "in every cell: 1 prompt; 95 % intervals (Wilson)" in table
 
 
 def test_a_grid_needs_cells():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lit_longctx.evaluation.intervals import Sums, paired_differences
+from lit_longctx.evaluation.intervals import Sums, paired_differences, wilson
 
 
 def sums(values: np.ndarray) -> Sums:
@@ -45,3 +45,10 @@ def test_nothing_has_no_mean_and_a_single_unit_no_interval():
     assert np.isnan(empty).all()
     assert single.mean == 1.0
     assert np.isnan([single.low, single.high]).all()
+
+
+@pytest.mark.parametrize(("hits", "number"), [(0, 1), (1, 1), (2, 3), (4, 4), (0, 8), (37, 100)])
+def test_an_interval_of_a_share_is_scipys(hits: int, number: int):
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.binomtest(hits, number).proportion_ci(0.95, method="wilson")
+    assert wilson(hits / number, number) == pytest.approx((expected.low, expected.high), abs=1e-12)

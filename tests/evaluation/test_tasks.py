@@ -190,7 +190,7 @@ def answers_by_search(name, text):
     if name == "passkey":
         return re.findall(r"The pass key is (\d+)\. Remember it\. \1 is the pass key\.", text)
     if name == "needle":
-        return re.findall(r"thing to do in San Francisco is (eat [\w ]+\.)", text)
+        return re.findall(r"thing to do in [A-Z][\w ]+ is (eat [\w ]+\.)", text)
     if name == "first_sentence":
         return [text.split(".")[0] + "."]
     if name == "variable_tracking":
@@ -270,6 +270,26 @@ def test_needles_halve_no_character():
         text = bytes(sample.prompt_ids[1:].tolist()).decode(errors="replace")
         assert text.replace("The needle.", "").replace("\ufffd", "")[:900] == MIXED[:900]
     assert {0, 1, 2} <= moved <= {0, 1, 2, 3}
+
+
+@TWO
+def test_every_seed_has_a_needle_and_a_text_of_its_own(hay, read):
+    task = Needle()
+    samples = [task.sample(hay, 1000, 50, seed) for seed in range(8)]
+    secrets = {sample.references[0] for sample in samples}
+    begins = {read(sample.prompt_ids[:80])[60:] for sample in samples}
+    assert len(secrets) == len(begins) == 8
+    assert samples[0].references == (SECRET,)
+    assert {len(secret.split()) for secret in secrets} == {12}
+    text = " ".join(hay.text.split())
+    for seed, sample in enumerate(samples):
+        assert task.score(sample, sample.answer) == 1
+        assert task.score(sample, samples[seed - 1].answer) == 0
+        (place,) = sample.places
+        after = read(sample.prompt_ids[place.stop : place.stop + 60]).split(maxsplit=1)[1]
+        assert after[:60] in text + " " + text  # the hay goes on where the needle was put
+        other = task.sample(hay, 3000, 0, seed)
+        assert other.references == sample.references
 
 
 @TWO

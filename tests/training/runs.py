@@ -421,6 +421,18 @@ class Leash(Callback):
             signal.pause()
 
 
+class StopAfter(Callback):
+    """Ends a run early, with a checkpoint, as if it had been planned."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Step, i: int
+    ) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
 class Poison(Callback):
     """Turns one rank's loss into NaN at one step, and says whether its weights outlived it."""
 

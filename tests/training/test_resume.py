@@ -119,9 +119,9 @@ def test_an_older_checkpoint_of_the_same_run_is_refused(tmp_path: Path):
 
 
 def test_last_in_an_empty_folder_begins(tmp_path: Path):
-    ran = runs.fit(tmp_path, "--ckpt_path", "last", "--trainer.max_steps", 3).succeeded()
+    ran = runs.fit(tmp_path, "--ckpt_path", "last", "--trainer.max_steps", 5).succeeded()
     assert f"{tmp_path / 'checkpoints'} holds no checkpoint yet: starting anew" in ran.out
-    beginning = {step: runs.witnessed(runs.alone().folder)[step].rows for step in (1, 2, 3)}
+    beginning = {step: runs.witnessed(runs.alone().folder)[step].rows for step in range(1, 6)}
     assert {step: e.rows for step, e in runs.witnessed(tmp_path).items()} == beginning
 
 
@@ -201,7 +201,7 @@ def test_every_file_of_a_checkpoint_is_hashed_once_by_one_process(how: str, tmp_
         step = tmp_path / "checkpoints" / "step-00000030"
     else:
         options += ["--model.init_args.checkpoint", source, "--model.init_args.config", "null"]
-        options += ["--trainer.max_steps", 1]
+        options += ["--trainer.max_steps", 5]
         step = source / "checkpoints" / "step-00000030"
     runs.fit(tmp_path, *options, ranks=ranks).succeeded()
     sizes = {str(step / name): file["bytes"] for name, file in manifest.read(step)["files"].items()}

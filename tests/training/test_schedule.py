@@ -4,7 +4,11 @@ from math import cos, pi, sqrt
 
 import pytest
 
-from lit_longctx.training.schedule import WarmupConstant, WarmupCosine, WarmupLinear
+from lit_longctx.data.stages import Course, Stage
+from lit_longctx.layers import Layers
+from lit_longctx.position import RoPE
+from lit_longctx.training.schedule import Schedule, WarmupConstant, WarmupCosine, WarmupLinear
+from lit_longctx.training.settings import StageSettings
 
 STEPS = 101
 
@@ -77,3 +81,33 @@ def test_linear_decay_is_transformers_own(final: float):
 def test_warmup_may_be_a_share_of_the_run(kind: type):
     share, updates = kind(warmup_steps=0.1), kind(warmup_steps=20)
     assert all(share.factor(step, 200) == updates.factor(step, 200) for step in range(200))
+
+
+def settings(schedule: Schedule, *stages: Stage) -> StageSettings:
+    return StageSettings(Course(stages), Layers.alike(RoPE(), 1), 1.0, schedule)
+
+
+@pytest.mark.parametrize("kind", [WarmupConstant, WarmupCosine, WarmupLinear])
+@pytest.mark.parametrize("warmup", [-1, -0.1, float("nan"), float("inf")])
+def test_a_warmup_that_is_negative_or_never_ends_is_refused(kind: type, warmup: float):
+    with pytest.raises(ValueError, match=f"warmup_steps {warmup} must be 0 or more"):
+        kind(warmup_steps=warmup)
+
+
+@pytest.mark.parametrize(("warmup", "fits"), [(0, True), (0.999, True), (4, True), (5, False)])
+def test_a_warmup_longer_than_the_run_is_refused(warmup: float, fits: bool):
+    """It fits just where an update of the run has the peak's learning rate."""
+    run = settings(WarmupLinear(warmup_steps=warmup), Stage(2**40, 256, 256))
+    assert (max(run.learning_rate_at(step, 4) for step in range(4)) == 1) == fits
+    if fits:
+        run.check(4)
+        return
+    with pytest.raises(ValueError, match=r"warmup_steps 5 .* 4 steps"):
+        run.check(4)
+
+
+def test_a_warmup_longer_than_a_stage_that_warms_up_anew_is_refused():
+    stages = [Stage(steps, 256, 256, learning_rate=1.0) for steps in (20, 9)]
+    settings(WarmupCosine(warmup_steps=9), *stages).check(29)
+    with pytest.raises(ValueError, match=r"warmup_steps 10 .* 9 steps"):
+        settings(WarmupCosine(warmup_steps=10), *stages).check(29)

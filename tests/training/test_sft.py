@@ -25,6 +25,7 @@ def config() -> Path:
         sources[name] = {"folder": str(folder / name), "packing": packing}
     content = yaml.safe_load(runs.config().read_text())
     model = {"class_path": "SFT", "init_args": content["model"]["init_args"]}
+    model["init_args"]["schedule"]["init_args"]["warmup_steps"] = 3
     data = {"sources": sources, "window": 256, "batch_tokens": 8 * 256, "held_out_windows": 4}
     trainer = {**content["trainer"], "max_steps": 6, "val_check_interval": 6}
     content |= {

@@ -1,0 +1,70 @@
+"""What is measured side by side: checkpoints, each under its own and other position schemes."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from lit_longctx.checkpoint import Checkpoint, describe_position, open_checkpoint
+from lit_longctx.manifest import identity
+from lit_longctx.position import PositionScheme
+
+
+class Candidate(NamedTuple):
+    """A checkpoint under a position scheme: what a column of the tables is about."""
+
+    folder: str
+    """As it was given."""
+    start: Checkpoint
+    position: PositionScheme | None = None
+    """Scheme in place of the checkpoint's own."""
+
+    @property
+    def name(self) -> str:
+        """The folder, with the scheme unless it is the checkpoint's own."""
+        return f"{self.folder} {short(self.position)}" if self.position else self.folder
+
+    def described(self) -> dict[str, Any]:
+        """Return what decides its values."""
+        known = {"checkpoint": self.folder, "holds": identity(self.start.path)}
+        return known | ({"position": describe_position(self.position)} if self.position else {})
+
+
+def open_candidates(
+    folders: Sequence[str], positions: Sequence[PositionScheme]
+) -> dict[str, Candidate]:
+    """Open and verify each checkpoint, once; return each under its own and all other schemes."""
+    found: dict[str, Candidate] = {}
+    for folder in dict.fromkeys(folders):
+        start = open_checkpoint(folder).verified()
+        for position in (None, *positions):
+            candidate = Candidate(folder, start, position)
+            if candidate.name in found:
+                raise ValueError(f"two columns would be named {candidate.name}; leave one out")
+            if position:
+                check_weightless(start, position)
+            found[candidate.name] = candidate
+    return found
+
+
+def check_weightless(start: Checkpoint, position: PositionScheme) -> None:
+    """Refuse a scheme with weights of its own that the checkpoint does not hold."""
+    with torch.device("meta"):
+        layer = position.layer(start.config.num_attention_heads, start.config.head_width)
+    held = any(isinstance(kind.position, type(position)) for kind in start.layers.kinds)
+    if next(layer.parameters(), None) is not None and not held:
+        raise ValueError(
+            f"{type(position).__name__} has weights that {start.path} does not hold; train it first"
+        )
+
+
+def short(position: PositionScheme) -> str:
+    """Return a scheme's name and what of its settings is not the default; of lists, the ends."""
+    told = []
+    for each in fields(cast(Any, position)):
+        value = getattr(position, each.name)
+        if value != each.default:
+            ends = isinstance(value, Sequence) and len(value) > 2
+            told.append(f"{each.name}={f'[{value[0]}…{value[-1]}]' if ends else value}")
+    return f"{type(position).__name__}({', '.join(told)})"

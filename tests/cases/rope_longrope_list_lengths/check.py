@@ -1,0 +1,9 @@
+from pathlib import Path
+
+from cases.against_transformers import refused
+
+from lit_longctx.hugging_face import read_config
+
+
+def check(case: Path, work: Path) -> None:
+    assert "long_factor" in refused(lambda: read_config(case))
