@@ -179,10 +179,10 @@ class SelfInstruct(Task):
             tally.documents += 1
             if len(document.text) < self.shortest:
                 tally.passed_over[f"shorter than {self.shortest:,} characters"] += 1
-            elif document.id in seen:
-                tally.passed_over["named like an earlier one"] += 1
+            elif (text := hash(document.text)) in seen:
+                tally.passed_over["the same text as an earlier one"] += 1
             else:
-                seen.add(document.id)
+                seen.add(text)
                 for number in range(self.questions):
                     yield draw(document, number, self.chunk, seed)
         faults.check()

@@ -132,7 +132,7 @@ def server(model_files):
     serving.seen, serving.delay, serving.wait = [], 0.0, threading.Event()
     others = {"original/consolidated.safetensors": b"x", "pytorch_model.bin": b"x", "a.gguf": b"x"}
     config = json.loads(model_files["config.json"])
-    config["rope_parameters"]["rope_theta"] = 9.0
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 9.0
     tuned = {**model_files, "config.json": json.dumps(config).encode()}
     rows = b"".join(b'{"text": "%d"}\n' % i for i in range(50))
     serving.repositories = {

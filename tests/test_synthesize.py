@@ -485,7 +485,7 @@ def test_short_repeated_and_broken_documents_are_passed_over(server, tmp_path, c
     assert "passed over 1: broken JSON" in shown
     assert len(server.log) == 4
     assert "passed over 1: shorter than 1,000 characters" in shown
-    assert "passed over 1: named like an earlier one" in shown
+    assert "passed over 1: the same text as an earlier one" in shown
     assert {asked.document for asked in server.log} == {0, 1}
 
 

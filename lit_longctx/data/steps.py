@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -92,8 +91,7 @@ class StepData(TrainingData, ABC):
         for stage in self.course.stages:
             if stage.rows % ranks:
                 raise ValueError(
-                    f"{stage.rows} windows per step do not divide among {ranks} processes "
-                    "(those of a context-parallel group count as one)"
+                    f"{stage.rows} windows per step do not divide among {ranks} processes"
                 )
         if trainer.max_steps < 1:
             raise ValueError(
@@ -141,10 +139,10 @@ class StepData(TrainingData, ABC):
         )
 
 
-def data_rank(trainer: Trainer) -> tuple[int, int]:
+def data_rank(trainer: Any) -> tuple[int, int]:
     """Return the number of this process among those that read rows of their own, and theirs."""
     if not isinstance(trainer.strategy, ParallelStrategy):
-        return 0, 1
+        return trainer.global_rank, trainer.world_size
     place = trainer.strategy.distributed_sampler_kwargs
     return place["rank"], place["num_replicas"]
 

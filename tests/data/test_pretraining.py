@@ -65,6 +65,7 @@ def attach(module, rank=0, ranks=1, step=0, consumed=0, max_steps=STEPS, distrib
         global_rank=rank,
         max_steps=max_steps,
         global_step=step,
+        strategy=None,
         _accelerator_connector=SimpleNamespace(use_distributed_sampler=distributed_sampler),
     )
     module.samples_consumed = consumed

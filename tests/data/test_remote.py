@@ -503,6 +503,7 @@ def attach(data):
         is_global_zero=True,
         max_steps=12,
         global_step=0,
+        strategy=None,
         _accelerator_connector=SimpleNamespace(use_distributed_sampler=False),
     )
     return data
