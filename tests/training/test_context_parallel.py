@@ -268,6 +268,25 @@ def test_chunks_are_divided_by_what_they_have_to_see():
     assert balanced(half, 4)[1] <= 1.1 < balanced(half[:4] + [1.0] * 4, 4)[1]
 
 
+@pytest.mark.gpu
+def test_one_process_on_a_gpu_gives_what_it_gives_without_context_parallelism():
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for name in NAMES:
+            plain, spread = (build("YaRN", "GQA").cuda() for _ in range(2))
+            apply_context_parallel(spread, context_parallel(name, None))
+            rows = laid_out("packed")
+            documents = rows.documents
+            moved = (each.cuda() if isinstance(each, torch.Tensor) else each for each in documents)
+            batch = Batch(*(each.cuda() for each in rows[:-1]), type(documents)(*moved))
+            for llama in (plain, spread):
+                llama.loss(batch)[0].backward()
+            for mine, own in zip(spread.parameters(), plain.parameters(), strict=True):
+                assert (mine.grad - own.grad).abs().max() <= 1e-5 * own.grad.abs().max()
+    finally:
+        dist.destroy_process_group()
+
+
 # ---- training
 
 

@@ -1,6 +1,7 @@
 """Probes with every validation: on two processes as on one, and no trace of them in training."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ PROBES = {
 }
 
 
-def fit(folder: Path, ranks: int, **probes: Any) -> runs.Ran:
+def fit(folder: Path, ranks: int, more: Sequence[Any] = (), **probes: Any) -> runs.Ran:
     content = {**PROBES, "init_args": {**PROBES["init_args"], **probes}}
-    arguments = ["--trainer.callbacks+", json.dumps(content), "--trainer.max_steps", 10]
+    arguments = ["--trainer.callbacks+", json.dumps(content), "--trainer.max_steps", 10, *more]
     return runs.fit(folder, *arguments, ranks=ranks)
 
 
@@ -71,6 +72,14 @@ def test_the_log_holds_the_loss_of_the_answers(probed: runs.Ran):
 
 def test_two_processes_share_the_prompts(probed: runs.Ran, tmp_path: Path):
     both = fit(tmp_path / "both", 2).succeeded()
+    assert scalars(both.folder) == pytest.approx(scalars(probed.folder), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zigzag", "ulysses"])
+def test_two_processes_share_the_rows_of_prompts(name: str, probed: runs.Ran, tmp_path: Path):
+    strategy = "--trainer.strategy.context_parallel"
+    both = fit(tmp_path, 2, [f"{strategy}_size", 2, strategy, name]).succeeded()
     assert scalars(both.folder) == pytest.approx(scalars(probed.folder), rel=1e-5)
 
 
