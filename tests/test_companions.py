@@ -101,8 +101,8 @@ def test_after_continued_pretraining(instruct: Path, pretrained: Path, tmp_path:
 @pytest.mark.slow
 def test_after_fine_tuning_from_that_run(instruct: Path, pretrained: Path, tmp_path: Path):
     """The start's companions come through both runs; the template is the one trained on."""
-    arguments = ["fit", "--config", test_sft.config(), "--model.init_args.config", "null"]
-    arguments += ["--model.init_args.checkpoint", pretrained, "--trainer.max_steps", 1]
+    arguments = ["fit", "--config", test_sft.chat_config(), "--model.init_args.config", "null"]
+    arguments += ["--model.init_args.checkpoint", pretrained, "--trainer.max_steps", 4]
     arguments += ["--trainer.default_root_dir", tmp_path / "second"]
     runs.run(*arguments, folder=tmp_path / "second").succeeded()
     folder, out = exported(tmp_path / "second", tmp_path / "b")

@@ -572,8 +572,6 @@ def test_a_prompt_is_what_transformers_would_generate_from(template, end, checkp
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
     said = {"role": "user", "content": "Ask about the passage {x}:\n\nthé end"}
     expected = theirs.apply_chat_template([said], add_generation_prompt=True, return_dict=False)
-    if expected[0] != theirs.bos_token_id:
-        expected = [theirs.bos_token_id, *expected]
     found = Checkpoint(str(checkpoint[1]), tokenizer=str(folder)).prompt_ids(said["content"])
     assert found == (expected, {model.token_to_id(end), model.token_to_id("</s>")})
 

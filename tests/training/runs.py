@@ -210,6 +210,7 @@ def command(arguments: list[str], log: Path, environment: dict[str, str]) -> Non
     os.environ.update(environment, OMP_NUM_THREADS="1")
     # as they would be in a process started by hand
     rank_zero_only.rank = int(environment.get("RANK", 0))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by a shell's background jobs
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     from lit_longctx.cli import main

@@ -12,8 +12,8 @@ from training import runs
 from lit_longctx.data.prepare import prepare
 
 
-@cache
-def config() -> Path:
+@runs.shared
+def chat_config() -> Path:
     """A tiny Llama on dialogues in packed rows and long questions in rows of their own."""
     folder = runs.workshop() / "sft"
     folder.mkdir()
@@ -40,7 +40,7 @@ def config() -> Path:
 
 
 def fit(folder: Path, mean: str, size: int, ranks: int = 1, *more: str) -> Path:
-    arguments = ["fit", "--config", config(), "--trainer.default_root_dir", folder]
+    arguments = ["fit", "--config", chat_config(), "--trainer.default_root_dir", folder]
     arguments += ["--data.init_args.mean", mean, "--data.init_args.micro_batch_size", size]
     arguments += ["--trainer.callbacks+", "training.runs.Witness", *more]
     return runs.run(*arguments, folder=folder, ranks=ranks).succeeded().folder
