@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                      # the table, each cell in its own process
     python benchmarks/train_step.py --cell ours 8192 16  # one cell: tokens, packed documents
+    python benchmarks/train_step.py --before CHECKOUT    # an earlier commit too, in the same rounds
 
 Same weights, tokens, float32, AdamW update included. Packed rows give transformers a dense
 block-diagonal mask and restarted position_ids. Memory is the peak resident set less what stands
@@ -10,6 +11,7 @@ after model and optimizer.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -31,6 +33,7 @@ SHAPE: dict[str, Any] = {
 CELLS = [(1024, 1), (4096, 1), (8192, 1), (1024, 16), (4096, 16), (8192, 16)]
 THREADS = 2
 SECONDS = 12.0
+UNITS = ("tok/s", "MiB")
 
 
 def window(tokens: int, documents: int) -> torch.Tensor:
@@ -121,16 +124,6 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def flops_per_token(tokens: int, documents: int) -> float:
-    """6 per weight used in a product, plus causal attention: 6·layers·width·length."""
-    s = SHAPE
-    width, dim = s["hidden_size"], s["hidden_size"] // s["num_attention_heads"]
-    projections = width * width * 2 + width * dim * s["num_key_value_heads"] * 2
-    block = projections + 3 * width * s["intermediate_size"]
-    weights = s["num_hidden_layers"] * block + s["vocab_size"] * width
-    return 6 * weights + 6 * s["num_hidden_layers"] * width * tokens / documents
-
-
 def ceiling() -> float:
     """Float32 products per second of this machine, in FLOP/s: the best of a few large ones."""
     torch.set_num_threads(THREADS)
@@ -143,48 +136,59 @@ def ceiling() -> float:
     return best
 
 
-def table(rounds: int) -> None:
-    flops = ceiling()
+def table(cells: list[tuple[int, int]], rounds: int, before: str | None) -> None:
+    """Print a row for each cell; ratios are of the best, with [least, most] of single rounds."""
+    scripts = {"ours": __file__, "transformers": __file__}
+    if before:
+        scripts["before"] = str(Path(before).resolve() / "benchmarks" / "train_step.py")
     print(
-        f"torch {torch.__version__}, {THREADS} threads, float32; "
-        f"products {flops / 1e9:.0f} GFLOP/s; best of {rounds} pairs, [least, most] of the pairs\n"
+        f"torch {torch.__version__}, {THREADS} threads, float32; products "
+        f"{ceiling() / 1e9:.0f} GFLOP/s; best of {rounds} rounds, [least, most] of them\n"
     )
-    print(
-        "| tokens | documents | ours tok/s | transformers tok/s | ratio "
-        "| ceiling tok/s | ours MiB | transformers MiB | ratio | loss difference |"
-    )
-    print("|---" * 10 + "|")
-    for tokens, documents in CELLS:
-        pairs = [
-            [measured(who, tokens, documents) for who in ("ours", "transformers")]
+    columns = ["tokens", "documents", *(f"{who} {unit}" for who in scripts for unit in UNITS)]
+    columns += [f"ours / {who}" for who in scripts if who != "ours"] + ["loss difference"]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for tokens, documents in cells:
+        found = [
+            {who: measured(script, who, tokens, documents) for who, script in scripts.items()}
             for _ in range(rounds)
         ]
-        a, b = (
-            max(each, key=lambda cell: cell["tokens_per_s"]) for each in zip(*pairs, strict=True)
-        )
-        ratios = sorted(ours["tokens_per_s"] / theirs["tokens_per_s"] for ours, theirs in pairs)
-        print(
-            f"| {tokens:,} | {documents} | {a['tokens_per_s']:,.0f} | {b['tokens_per_s']:,.0f} "
-            f"| {a['tokens_per_s'] / b['tokens_per_s']:.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}] "
-            f"| {flops / flops_per_token(tokens, documents):,.0f} "
-            f"| {a['memory_mib']:,.0f} | {b['memory_mib']:,.0f} "
-            f"| {a['memory_mib'] / b['memory_mib']:.2f} | {abs(a['loss'] - b['loss']):.1e} |",
-            flush=True,
-        )
+        print(row(tokens, documents, found), flush=True)
 
 
-def measured(who: str, tokens: int, documents: int) -> dict[str, float]:
-    """Run one cell in a process of its own."""
-    command = [sys.executable, __file__, "--cell", who, str(tokens), str(documents)]
-    return json.loads(subprocess.check_output(command, stderr=subprocess.DEVNULL))
+def row(tokens: int, documents: int, found: list[dict[str, dict[str, float]]]) -> str:
+    """Best rate and least memory of each; the rates' ratios with their spread."""
+    line = [f"{tokens:,}", str(documents)]
+    rates = {who: [cells[who]["tokens_per_s"] for cells in found] for who in found[0]}
+    for who in rates:
+        memory = min(cells[who]["memory_mib"] for cells in found)
+        line += [f"{max(rates[who]):,.0f}", f"{memory:,.0f}"]
+    for who in rates:
+        if who != "ours":
+            ratios = [a / b for a, b in zip(rates["ours"], rates[who], strict=True)]
+            best = max(rates["ours"]) / max(rates[who])
+            line.append(f"{best:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
+    losses = [cell["loss"] for cells in found for cell in cells.values()]
+    return "| " + " | ".join([*line, f"{max(losses) - min(losses):.1e}"]) + " |"
+
+
+def measured(script: str, who: str, tokens: int, documents: int) -> dict[str, float]:
+    """Run one cell in a process of its own, by the package beside the script."""
+    name = "ours" if who == "before" else who
+    command = [sys.executable, script, "--cell", name, str(tokens), str(documents)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(script).resolve().parents[1])}
+    return json.loads(subprocess.check_output(command, stderr=subprocess.DEVNULL, env=environment))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="ours against transformers")
     parser.add_argument("--cell", nargs=3, metavar=("WHO", "TOKENS", "DOCUMENTS"))
-    parser.add_argument("--rounds", type=int, default=3, help="pairs per row of the table")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cells", nargs="+", metavar="TOKENS:DOCUMENTS", help="rows of the table")
+    parser.add_argument("--before", metavar="CHECKOUT", help="a checkout of an earlier commit")
     arguments = parser.parse_args()
     if chosen := arguments.cell:
         print(json.dumps(cell(chosen[0], int(chosen[1]), int(chosen[2]))))
     else:
-        table(arguments.rounds)
+        cells = [tuple(map(int, text.split(":"))) for text in arguments.cells or []]
+        table(cells or CELLS, arguments.rounds, arguments.before)

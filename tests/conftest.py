@@ -9,11 +9,19 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; tests are small
 
 import differences
+import lightning.pytorch  # noqa: F401 -- what the hook sees imported is compiled anew, so before it
+import litdata  # noqa: F401
 import pytest
-import torch
+import torch._dynamo
 from jaxtyping import install_import_hook
 
-install_import_hook("lit_longctx", "typechecker.check")
+ROOT = Path(__file__).parents[1]
+WITH_SHAPES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "lit_longctx").rglob("*.py")
+    if "from jaxtyping" in path.read_text()
+]
+install_import_hook(WITH_SHAPES, "typechecker.check")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

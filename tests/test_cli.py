@@ -76,6 +76,7 @@ def test_a_verbs_help_explains_its_options(verb: str):
 # ---- refusals
 
 
+@pytest.mark.slow
 def test_the_installed_command_refuses_in_one_line():
     ran = started("fit", "--config", str(runs.config()), "--trainer.foo", "3")
     assert ran.returncode == 1
@@ -193,7 +194,7 @@ def test_yaml_that_does_not_parse_is_refused_with_its_line(tmp_path: Path):
     assert "line 3" in error(runs.run("fit", "--config", bad, folder=tmp_path))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_altered_chunk_is_refused_by_file(workers: int, tmp_path: Path):
     folder = Path(shutil.copytree(runs.sources()["code"]["folder"], tmp_path / "code"))
     chunk = folder / "train" / "chunk-0-0.bin"
@@ -376,6 +377,7 @@ def test_the_run_folders_config_is_the_resolved_one():
     assert content["checkpoints"] == {"every_n_steps": 10, "keep": 9}
 
 
+@pytest.mark.slow
 def test_a_run_repeats_from_the_config_it_left(tmp_path: Path):
     left = runs.alone().folder / "config.yaml"
     run = ["--trainer.default_root_dir", tmp_path, "--trainer.max_steps", 30]

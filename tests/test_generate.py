@@ -125,6 +125,7 @@ def test_prompts_of_different_lengths_go_on_as_each_would_alone(position: Positi
         assert_greedy(llama, found[None], len(prompt))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", [RoPE(100.0), TransformerXL()], ids=repr)
 def test_flex_attention_serves_prompts_of_different_lengths_in_chunks(position: PositionScheme):
     llama, given = model(position, attn_implementation="flex_attention"), ragged()
@@ -136,7 +137,7 @@ def test_flex_attention_serves_prompts_of_different_lengths_in_chunks(position: 
 
 
 @every_scheme
-@pytest.mark.parametrize("prefill_tokens", [1, 12, 30])
+@pytest.mark.parametrize("prefill_tokens", [pytest.param(1, marks=pytest.mark.slow), 12, 30])
 def test_reading_the_prompt_in_chunks_changes_nothing(
     position: PositionScheme, prefill_tokens: int
 ):

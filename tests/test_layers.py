@@ -25,7 +25,7 @@ THETA = 500.0
 FULL, LOCAL = LayerKind(RoPE(THETA)), LayerKind(RoPE(THETA), window=5)
 MIXED = Layers((LOCAL, FULL, LayerKind(NoPE())), (0, 0, 1, 2))
 """Two local layers, a full one, one without positions."""
-BACKENDS = ["sdpa", "flex_attention"]
+BACKENDS = ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)]
 
 
 def mixed(attention: Any = "sdpa", layers: Layers = MIXED) -> Llama:

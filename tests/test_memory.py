@@ -34,7 +34,9 @@ def stream(rows, tokens, seed=0):
 SCHEMES = [RoPE(), TransformerXL(distance_dim=8), XPos()]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+@pytest.mark.parametrize(
+    "attention", ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("position", SCHEMES, ids=lambda p: type(p).__name__)
 @torch.no_grad()
 def test_windows_with_memory_equal_the_whole(position, attention):

@@ -74,7 +74,9 @@ def windows(rows=2, tokens=60):
     return ids
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+@pytest.mark.parametrize(
+    "attention", ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)]
+)
 @all_schemes
 @torch.no_grad()
 def test_packed_equals_separate_documents(position, attention):
@@ -90,7 +92,9 @@ def test_packed_equals_separate_documents(position, attention):
             torch.testing.assert_close(packed[row, begin:end], alone, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+@pytest.mark.parametrize(
+    "attention", ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)]
+)
 @all_schemes
 @torch.no_grad()
 def test_a_changed_token_moves_only_later_places_of_its_own_document(attention, position):

@@ -411,6 +411,7 @@ def killed_while(server, flags, replies):
         server.hold = lambda number: None
 
 
+@pytest.mark.slow
 def test_after_a_kill_nothing_is_asked_twice_but_what_was_in_flight(server, tmp_path):
     given, options = documents(tmp_path, 30), {"concurrency": IN_FLIGHT, "tolerated": 0.0}
     whole, resumed = tmp_path / "whole" / "x.jsonl", tmp_path / "resumed" / "x.jsonl"

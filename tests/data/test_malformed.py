@@ -296,6 +296,7 @@ def everything_malformed(folder):
     return len(BAD_LINES) + len(BAD_FILES)
 
 
+@pytest.mark.slow
 def test_prepare_over_everything_malformed(tmp_path, capsys):
     broken = everything_malformed(tmp_path / "in")
     (tmp_path / "odd name.jsonl").write_bytes(b'{"text": "", "id": "\\ud800\\n"}')

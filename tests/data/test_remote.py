@@ -441,6 +441,7 @@ def read_and_count(windows, seed, queue):
     queue.put(([tokens[i] for i in range(len(windows))], chunk_fetches(windows)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [CHUNKS + 2, 7])
 def test_processes_share_one_cache(uploaded, local, cache, chunks):
     storage = of(cache, chunks)

@@ -79,6 +79,7 @@ def test_parts_share_no_file_and_leave_none_out(parts):
     assert [sum(s["documents"] for s in part.values()) for part in counts] == [80, 80, 120]
 
 
+@pytest.mark.slow
 def test_the_local_executor_prepares_what_is_missing_and_joins(texts, whole, tmp_path, capfd):
     executor = Executor(options={"tasks": PARTS, "workers": 2})
     output = tmp_path / "out"

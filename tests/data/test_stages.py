@@ -60,7 +60,9 @@ def test_every_stage_has_its_own_window_batch_and_mix(reference):
             assert all(abs(taken[i] - share) < 1 for i, share in expected.items())
 
 
-@pytest.mark.parametrize(("ranks", "num_workers"), [(2, 0), (4, 0), (1, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "num_workers"), [(2, 0), pytest.param(4, 0, marks=pytest.mark.slow), (1, 2), (2, 1)]
+)
 def test_ranks_and_workers_read_the_same(folder, reference, packing, ranks, num_workers):  # noqa: F811
     assert run(folder, ranks, packing=packing, num_workers=num_workers) == reference
 
@@ -72,6 +74,7 @@ def test_a_resume_in_any_stage_reads_what_was_left(folder, reference, packing, s
     assert found == {s: reference[s] for s in range(step, STEPS)}
 
 
+@pytest.mark.slow
 def test_workers_may_be_started_in_other_ways_than_by_fork(folder, reference, packing):  # noqa: F811
     if packing == "concatenate":
         pytest.skip("starting a process takes seconds; best_fit has all that is to be sent")

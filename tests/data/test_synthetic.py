@@ -92,7 +92,7 @@ def test_text_is_the_document_with_its_questions_and_answers():
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("budget", [700, 4096, 20_000])
+@pytest.mark.parametrize("budget", [700, 4096, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_a_budget_is_filled_to_within_a_row(kind, budget):
     def words(found):
         return len(re.findall(r"\w+|\W", found))

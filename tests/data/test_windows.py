@@ -272,7 +272,10 @@ def read_all(windows, queue):
     queue.put([windows[i].tolist() for i in range(len(windows))])
 
 
-@pytest.mark.parametrize(("method", "opened"), [("fork", True), ("fork", False), ("spawn", True)])
+@pytest.mark.parametrize(
+    ("method", "opened"),
+    [("fork", True), ("fork", False), pytest.param("spawn", True, marks=pytest.mark.slow)],
+)
 def test_copies_in_other_processes_read_the_same(whole, method, opened):
     folder, flat = whole
     windows = Windows(folder, "train", 1536)

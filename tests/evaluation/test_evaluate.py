@@ -310,6 +310,7 @@ def test_an_altered_line_is_named(models: dict[str, Llama], data: list[str], tmp
         evaluate(list(models), data, str(tmp_path), window=WINDOW)
 
 
+@pytest.mark.slow
 def test_sliding_perplexity_of_whole_documents(
     models: dict[str, Llama], data: list[str], tmp_path: Path
 ):
@@ -348,6 +349,7 @@ def spread(ranks: int, result: tuple[dict[str, Any], Path], data: list[str], *mo
         assert runs.largest_difference(found["loss"][name], losses) <= 2e-6
 
 
+@pytest.mark.slow
 def test_processes_share_rows(result: tuple[dict[str, Any], Path], data: list[str]):
     spread(2, result, data)
 

@@ -66,6 +66,7 @@ def test_a_model_that_knows_nothing_finds_nothing(llama, answers):
     assert scores(Probe("passkey", grid, Haystack(CODER)), llama) == [0.0] * 4
 
 
+@pytest.mark.slow
 def test_evaluate_writes_probes_beside_the_loss(tmp_path: Path, capsys):
     run, data = runs.alone().folder, [s["folder"] for s in runs.sources().values()]
     settings = Grid([300, 512], [0.0, 50.0, 100.0], samples=1)

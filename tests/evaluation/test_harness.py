@@ -282,7 +282,11 @@ def test_tasks_give_the_results_of_the_hf_model(exported: str, theirs: Any, tmp_
 
 
 @pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize("position", [XPos(), TransformerXL(distance_dim=8)], ids=repr)
+@pytest.mark.parametrize(
+    "position",
+    [XPos(), pytest.param(TransformerXL(distance_dim=8), marks=pytest.mark.slow)],
+    ids=repr,
+)
 def test_tasks_run_on_what_hugging_face_cannot_represent(
     position: PositionScheme, coder: JsonTokenizer, tmp_path: Path
 ):

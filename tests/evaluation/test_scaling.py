@@ -50,6 +50,7 @@ def test_no_law_near_it_fits_better():
                 assert huber(PowerLaw(alpha, beta, gamma)) >= best * (1 - 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_curves_lie_in_the_bootstrap_intervals(name):
     law = PAPER[name]

@@ -23,7 +23,7 @@ def golden():
     return load_file(GOLDEN)
 
 
-@pytest.mark.parametrize("name", ["sdpa", "flex_attention"])
+@pytest.mark.parametrize("name", ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("key", "memory"), [("", 0), ("_with_memory", 20)])
 @torch.no_grad()
 def test_the_original_layer(golden, name, key, memory):

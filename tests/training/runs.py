@@ -299,8 +299,14 @@ def alone() -> Ran:
 
 @shared
 def together() -> Ran:
-    """Train the same on two processes, by torchrun."""
-    folder = workshop() / "together"
+    """Train the same on two processes."""
+    return fit(workshop() / "together", ranks=2).succeeded()
+
+
+@shared
+def by_torchrun() -> Ran:
+    """Train the same on two processes that torchrun starts, as a user does."""
+    folder = workshop() / "by_torchrun"
     ran = torchrun(2, fitting(folder), folder)
     assert ran.code == 0, ran.out
     return ran

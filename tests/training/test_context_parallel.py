@@ -209,6 +209,7 @@ def jobs(cases: list[Case]) -> list[tuple[Callable, Any]]:
     return [*((compare, case) for case in cases), *((perturb, name) for name in NAMES)]
 
 
+@pytest.mark.slow
 def test_two_processes_share_rows_as_one_would_have_them():
     launch(2, jobs(every_pair()))
 

@@ -38,8 +38,11 @@ CONFIG = LlamaConfig(
 )
 
 
-def test_two_processes_train_as_one():
-    one, two = (runs.witnessed(ran.folder) for ran in (runs.alone(), runs.together()))
+@pytest.mark.parametrize(
+    "start", [runs.together, pytest.param(runs.by_torchrun, marks=pytest.mark.slow)]
+)
+def test_two_processes_train_as_one(start: Callable[[], runs.Ran]):
+    one, two = (runs.witnessed(ran.folder) for ran in (runs.alone(), start()))
     assert sorted(one) == sorted(two) == list(range(1, 31))
     assert runs.samples(one) == runs.samples(two)
     weights = [[row[2] for row in rows] for rows in runs.samples(two)]
@@ -126,6 +129,7 @@ def recurrent(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], runs
     return options, runs.fit(folder / "run", *options).succeeded()
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_each_row_however_rows_are_spread(
     recurrent: tuple[list[str], runs.Ran], tmp_path: Path
 ):
@@ -145,6 +149,7 @@ def test_memory_is_that_of_each_row_however_rows_are_spread(
     assert min(apart[1:]) > 1e-6
 
 
+@pytest.mark.slow
 def test_recurrence_goes_on_with_the_next_samples_and_an_empty_memory(
     recurrent: tuple[list[str], runs.Ran], tmp_path: Path
 ):
@@ -159,6 +164,7 @@ def test_recurrence_goes_on_with_the_next_samples_and_an_empty_memory(
     assert runs.largest_difference(runs.losses(found), runs.losses(expected)[10:]) < 0.05
 
 
+@pytest.mark.slow
 def test_products_in_bfloat16_leave_weights_and_moments_in_float32(tmp_path: Path):
     products = ["--model.init_args.compute_dtype", "bfloat16"]
     ran = runs.fit(tmp_path, *products, ranks=2).succeeded()
@@ -172,6 +178,7 @@ def test_products_in_bfloat16_leave_weights_and_moments_in_float32(tmp_path: Pat
     assert 0 < difference <= 5e-3
 
 
+@pytest.mark.slow
 def test_a_blow_up_on_one_process_stops_both_before_the_update(tmp_path: Path):
     poison = {"class_path": "training.runs.Poison", "init_args": {"rank": 1, "step": 2}}
     ran = runs.fit(tmp_path, "--trainer.callbacks+", json.dumps(poison), ranks=2)
@@ -294,6 +301,7 @@ class Torment(Callback):
         return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.usefixtures("process_group")
 def test_saving_cut_off_anywhere_leaves_the_old_step_or_the_new(
@@ -374,7 +382,9 @@ def run_folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(runs.alone().folder, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage", [DAMAGES[0], *(pytest.param(each, marks=pytest.mark.slow) for each in DAMAGES[1:])]
+)
 def test_a_torn_checkpoint_is_refused_by_file_and_the_newest_whole_one_offered(
     damage: Callable[[Path], str], run_folder: Path
 ):
@@ -404,7 +414,7 @@ def test_a_torn_checkpoint_without_a_whole_one_beside_it_is_refused_by_both_proc
         assert line.endswith("there is no whole one beside it")
 
 
-@pytest.mark.parametrize("damage", [alter, never_finish])
+@pytest.mark.parametrize("damage", [alter, pytest.param(never_finish, marks=pytest.mark.slow)])
 def test_last_goes_on_from_the_newest_whole_one_and_says_so(
     damage: Callable[[Path], str], run_folder: Path
 ):

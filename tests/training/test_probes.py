@@ -70,6 +70,7 @@ def test_the_log_holds_the_loss_of_the_answers(probed: runs.Ran):
     assert len(LENGTHS) * len(DEPTHS) % 2  # of two processes one reads a prompt more than it counts
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_prompts(probed: runs.Ran, tmp_path: Path):
     both = fit(tmp_path / "both", 2).succeeded()
     assert scalars(both.folder) == pytest.approx(scalars(probed.folder), rel=1e-5)

@@ -32,7 +32,7 @@ def after_start(ran: runs.Ran) -> dict[int, runs.Entry]:
     return {step: e for step, e in runs.witnessed(ran.folder).items() if step > START}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_same_layout_goes_on_equal_in_every_digit(workers: int, tmp_path: Path):
     found = resume(tmp_path, runs.alone(), "--data.init_args.num_workers", workers)
     assert found == after_start(runs.alone())
@@ -47,6 +47,7 @@ def test_same_layout_of_two_processes_goes_on_equal_in_every_digit(tmp_path: Pat
     assert resume(tmp_path, runs.together(), ranks=2) == after_start(runs.together())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "ranks", "micro_batch_size", "workers"),
     [
@@ -71,6 +72,7 @@ def test_other_layout_goes_on_with_the_same_samples_and_losses(
     assert difference <= 1e-6
 
 
+@pytest.mark.slow
 def test_blocks_recomputed_in_backward_go_on_with_the_same_losses(tmp_path: Path):
     found = resume(tmp_path, runs.alone(), "--model.init_args.activation_checkpointing", "true")
     expected = after_start(runs.alone())
@@ -94,6 +96,7 @@ def test_compiled_blocks_go_on_with_the_same_losses(tmp_path: Path):
     assert difference <= 1e-5
 
 
+@pytest.mark.slow
 def test_another_batch_size_goes_on_with_the_next_sample(tmp_path: Path):
     found = resume(tmp_path, runs.alone(), "--data.init_args.batch_tokens", 4 * runs.WINDOW)
     rows = [row for step in runs.samples(found) for row in step]
@@ -103,6 +106,7 @@ def test_another_batch_size_goes_on_with_the_next_sample(tmp_path: Path):
     assert found[30].tokens == (80 + 80) * runs.WINDOW
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_of_the_same_run_is_refused(tmp_path: Path):
     """Else `last` would afterwards go on from the newer ones, which were given up."""
     folder = Path(shutil.copytree(runs.alone().folder, tmp_path / "run"))
@@ -190,6 +194,7 @@ def test_random_kills_leave_no_trace(workers: int, every: int, tmp_path: Path):
         assert torch.equal(ours.state_dict()[name], weight), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["start", "last"])
 def test_every_file_of_a_checkpoint_is_hashed_once_by_one_process(how: str, tmp_path: Path):
     ranks = 2

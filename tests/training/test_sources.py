@@ -20,6 +20,7 @@ def config_of(sources: dict[str, dict[str, object]], path: Path) -> list[str]:
     return ["--config", str(path)]
 
 
+@pytest.mark.slow
 def test_training_from_object_storage_is_training_from_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

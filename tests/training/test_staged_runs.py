@@ -81,6 +81,7 @@ def test_checkpoints_know_theta_and_the_longest_window(staged: tuple[list[str], 
         assert opened.trained_context == context
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "ranks"), [(10, 1), (20, 1), (10, 2), (20, 2)])
 def test_a_resume_in_any_stage_is_exact(
     staged: tuple[list[str], runs.Ran], step: int, ranks: int, tmp_path: Path
@@ -112,6 +113,7 @@ def test_validation_of_a_checkpoint_uses_the_theta_it_was_trained_with(
         assert found[1] == pytest.approx(logged[step // 10 - 1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_stages_that_do_not_fit_the_run_are_refused(
     staged: tuple[list[str], runs.Ran], tmp_path: Path
 ):
