@@ -52,7 +52,7 @@ NEEDS = {"prepare": "datasets", "loader": "moto"}
 
 def prepare_ours(file: str, tokenizer: str, folder: str) -> Found:
     """Time `prepare`."""
-    import lit_longctx.data.prepare  # noqa: F401  (before the clock runs)
+    import lit_longctx.data.making.prepare  # noqa: F401  (before the clock runs)
 
     begin = time.perf_counter()
     splits = prepared(file, f"{folder}/prepared", tokenizer=tokenizer).values()
@@ -63,7 +63,7 @@ def prepare_ours(file: str, tokenizer: str, folder: str) -> Found:
 
 def prepared(file: Path | str, folder: Path | str, **settings: Any) -> dict[str, dict[str, int]]:
     """Prepare a file without a word; return the ledger of each split."""
-    from lit_longctx.data.prepare import prepare
+    from lit_longctx.data.making.prepare import prepare
 
     with redirect_stdout(None):
         content = prepare(str(file), str(folder), **settings)
@@ -75,7 +75,7 @@ def prepare_datasets(file: str, tokenizer: str, folder: str) -> Found:
     """Time `datasets` as its guides have it, with the same tokenizer opened by transformers."""
     from transformers import AutoTokenizer
 
-    from lit_longctx.data.tokenizer import open_tokenizer
+    from lit_longctx.data.tokens.tokenizer import open_tokenizer
 
     opened = Path(folder, "tokenizer")
     opened.mkdir()
@@ -93,7 +93,7 @@ def prepare_arrays(file: str, tokenizer: str, folder: str) -> Found:
     """Time `datasets` with our own encoding and arrays of 16 bits: the most it can give."""
     import numpy as np
 
-    from lit_longctx.data.tokenizer import open_tokenizer
+    from lit_longctx.data.tokens.tokenizer import open_tokenizer
 
     def tokenise(rows: dict[str, list[str]]) -> dict[str, list[np.ndarray]]:
         coder = open_tokenizer(tokenizer)
@@ -269,7 +269,7 @@ def texts(input: str, megabytes: float) -> Iterator[str]:
 
     `stdlib` gives a document per package of Python's standard library.
     """
-    from lit_longctx.data.documents import Faults, Reader
+    from lit_longctx.data.reading.documents import Faults, Reader
 
     left = megabytes * 1e6
     for document in cycle(Reader().documents([input], Faults(1.0))):
@@ -373,7 +373,7 @@ def prepared_for_loaders(file: Path, folder: Path) -> int:
     """Prepare bytes, and the same tokens as one flat file; steps that litdata finds in them."""
     import numpy as np
 
-    from lit_longctx.data.windows import Windows
+    from lit_longctx.data.store.windows import Windows
 
     prepared(file, folder, held_out=0.0)
     stream = Windows(folder, "train", WINDOWS[0])

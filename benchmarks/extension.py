@@ -2,8 +2,8 @@
 
     python benchmarks/extension.py --output benchmarks/results/extension_cpu2_DATE.md
 
-From the repository's root. Documents of `lit_longctx.data.synthetic`, the verbs prepare, fit and
-evaluate, and config/key_values_*.yaml do it all. A model is trained at 512 tokens from random
+From the repository's root. Documents of `lit_longctx.data.making.synthetic`, the verbs prepare, fit
+and evaluate, and config/key_values_*.yaml do it all. A model is trained at 512 tokens from random
 weights; then every scheme takes its place twice: as it is, and after a few steps at 4,096 tokens on
 longer documents of the same kind. The probe key_values is read by teacher forcing; that this says
 what generation would is counted prompt by prompt.
@@ -31,11 +31,11 @@ from tokenizers import decoders, models, pre_tokenizers
 from lit_longctx import plots
 from lit_longctx.checkpoint import export_pretrained, load_pretrained
 from lit_longctx.cli import main as lit_longctx
-from lit_longctx.data.synthetic import HEAD, KeyValues, text
-from lit_longctx.data.tokenizer import open_tokenizer
-from lit_longctx.evaluation.key_values import KeyValues as Probe
-from lit_longctx.evaluation.probes import forced, generated
-from lit_longctx.evaluation.prompts import Haystack
+from lit_longctx.data.making.synthetic import HEAD, KeyValues, text
+from lit_longctx.data.tokens.tokenizer import open_tokenizer
+from lit_longctx.evaluation.retrieval.key_values import KeyValues as Probe
+from lit_longctx.evaluation.retrieval.probes import forced, generated
+from lit_longctx.evaluation.retrieval.prompts import Haystack
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import PositionInterpolation, PositionScheme, RoPE, YaRN
 

@@ -190,5 +190,6 @@ if __name__ == "__main__":
     if chosen := arguments.cell:
         print(json.dumps(cell(chosen[0], int(chosen[1]), int(chosen[2]))))
     else:
-        cells = [tuple(map(int, text.split(":"))) for text in arguments.cells or []]
+        split = (text.partition(":") for text in arguments.cells or [])
+        cells = [(int(tokens), int(documents)) for tokens, _, documents in split]
         table(cells or CELLS, arguments.rounds, arguments.before)

@@ -68,9 +68,9 @@ def run(verb: str, rest: list[str]) -> None:
 
 def _function(verb: str) -> Callable[..., Any]:
     if verb == "prepare":
-        from lit_longctx.data.prepare import prepare as function
+        from lit_longctx.data.making.prepare import prepare as function
     elif verb == "mix":
-        from lit_longctx.data.mixture import mix as function
+        from lit_longctx.data.making.mixture import mix as function
     elif verb == "evaluate":
         from lit_longctx.evaluation.evaluate import evaluate as function
     elif verb == "export":
@@ -78,7 +78,7 @@ def _function(verb: str) -> Callable[..., Any]:
     elif verb == "generate":
         from lit_longctx.generate import generate_text as function
     elif verb == "synthesize":
-        from lit_longctx.synthesize import synthesize as function
+        from lit_longctx.data.making.synthesize import synthesize as function
     elif verb == "doctor":
         from lit_longctx.doctor import doctor as function
     else:

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from lit_longctx.attention import attention_backend
+from lit_longctx.model.attention import attention_backend
 
 PACKAGES = (
     "lit_longctx torch torchvision lightning litdata torchmetrics jsonargparse tokenizers "

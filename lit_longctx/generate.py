@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import NO_TARGET, Batch, one_document
-from lit_longctx.cache import Cache
 from lit_longctx.checkpoint import open_checkpoint
-from lit_longctx.companions import list_of
-from lit_longctx.data.chat_template import ChatTemplate
-from lit_longctx.data.chats import Message
-from lit_longctx.data.documents import SURROGATE
-from lit_longctx.data.special_tokens import AddBos
-from lit_longctx.data.tokenizer import Tokenizer, open_tokenizer
+from lit_longctx.checkpoint.companions import list_of
+from lit_longctx.data.reading.documents import SURROGATE
+from lit_longctx.data.tokens.chat_template import ChatTemplate
+from lit_longctx.data.tokens.chats import Message
+from lit_longctx.data.tokens.special_tokens import AddBos
+from lit_longctx.data.tokens.tokenizer import Tokenizer, open_tokenizer
 from lit_longctx.model import Llama, chosen_device
+from lit_longctx.model.attention import AttnImplementation
+from lit_longctx.model.cache import Cache
 
 
 def reading(ids: Int[Tensor, "batch seq"], past: int = 0) -> Batch:

@@ -1,11 +1,13 @@
 """Lines that say how far a piece of work is, often enough to see that it goes on."""
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+import torch.distributed as dist
 from tqdm import tqdm
 
 T = TypeVar("T")
@@ -104,3 +106,14 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def say(line: str) -> None:
+    """Print a line on one process of a run."""
+    if dist.is_available() and dist.is_initialized():
+        first = dist.get_rank() == 0
+    else:
+        ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+        first = next((rank for rank in ranks if rank is not None), "0") == "0"
+    if first:
+        print(line, flush=True)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import varlen
 
-from lit_longctx.attention import SDPA, FlexAttention, attention_backend
 from lit_longctx.batch import documents_from_starts, one_document
+from lit_longctx.model.attention import SDPA, FlexAttention, attention_backend
 
 
 def by_hand(q, k, v, query_ids, key_ids, scale, window=10**9):

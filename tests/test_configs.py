@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lit_longctx import cli
-from lit_longctx.data.stages import Stage
+from lit_longctx.data.sampling.stages import Stage
 from lit_longctx.model import Llama
 from lit_longctx.position import LongRoPE, NTKAware
 from lit_longctx.training import fit

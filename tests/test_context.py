@@ -13,8 +13,8 @@ from lit_longctx.checkpoint import (
     load_pretrained,
     open_checkpoint,
 )
-from lit_longctx.layers import Layers
 from lit_longctx.model import Llama, LlamaConfig
+from lit_longctx.model.layers import Layers
 from lit_longctx.position import DynamicNTK, Llama3, NTKAware, PositionInterpolation, RoPE, YaRN
 
 SHAPE = LlamaConfig(97, 16, 16, 1, 2, max_position_embeddings=8192)

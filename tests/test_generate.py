@@ -14,13 +14,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from lit_longctx import cli
-from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import pack
-from lit_longctx.cache import Cache
 from lit_longctx.checkpoint import export_pretrained
-from lit_longctx.data.tokenizer import ByteTokenizer, JsonTokenizer
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer, JsonTokenizer
 from lit_longctx.generate import Pieces, Sampling, decode, generate, generate_text, reading, stream
 from lit_longctx.model import Llama, LlamaConfig
+from lit_longctx.model.attention import AttnImplementation
+from lit_longctx.model.cache import Cache
 from lit_longctx.position import (
     DynamicNTK,
     Llama3,

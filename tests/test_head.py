@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lit_longctx import head
+from lit_longctx.model import head
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import torch
 from differences import assert_near
 
-from lit_longctx import parameters
-from lit_longctx.checkpoint import export_pretrained, load_pretrained
+from lit_longctx.checkpoint import export_pretrained, load_pretrained, parameters
+from lit_longctx.checkpoint.rope_config import read_position
 from lit_longctx.generate import reading
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import (
@@ -20,7 +20,6 @@ from lit_longctx.position import (
     XPos,
     YaRN,
 )
-from lit_longctx.rope_config import read_position
 
 transformers = pytest.importorskip("transformers")
 

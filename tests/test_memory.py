@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lit_longctx.batch import pack
-from lit_longctx.memory import Memory
 from lit_longctx.model import Llama, LlamaConfig
+from lit_longctx.model.memory import Memory
 from lit_longctx.position import RoPE, TransformerXL, XPos
 
 SHAPE = LlamaConfig(97, 48, 80, 3, 4, 2)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from schemes import every_scheme
 
 from lit_longctx.batch import pack
-from lit_longctx.cache import Cache
 from lit_longctx.generate import reading
 from lit_longctx.model import Llama, LlamaConfig, initial_weight
+from lit_longctx.model.cache import Cache
 from lit_longctx.position import PositionScheme, RoPE
 
 transformers = pytest.importorskip("transformers")

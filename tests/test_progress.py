@@ -8,9 +8,9 @@ import pytest
 from training import runs
 
 from lit_longctx import progress
-from lit_longctx.data.documents import Reader
-from lit_longctx.data.faults import Faults
-from lit_longctx.data.reading import Reading
+from lit_longctx.data.making.read_progress import Reading
+from lit_longctx.data.reading.documents import Reader
+from lit_longctx.data.reading.faults import Faults
 from lit_longctx.progress import Heartbeat, TimeLeft, counted, duration
 
 

@@ -9,9 +9,8 @@ from math import isclose
 import pytest
 import torch
 
-from lit_longctx import readers
-from lit_longctx.checkpoint import export_pretrained, load_pretrained
-from lit_longctx.hugging_face import config_json, read_config
+from lit_longctx.checkpoint import export_pretrained, load_pretrained, readers
+from lit_longctx.checkpoint.hugging_face import config_json, read_config
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import (
     DynamicNTK,

@@ -22,15 +22,16 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lit_longctx import cli, synthesize
+from lit_longctx import cli
 from lit_longctx.checkpoint import export_pretrained
-from lit_longctx.data.prepare import prepare
-from lit_longctx.data.self_instruct import Reply, Unanswered
-from lit_longctx.data.tokenizer import ByteTokenizer
+from lit_longctx.data.making import synthesize
+from lit_longctx.data.making.prepare import prepare
+from lit_longctx.data.making.self_instruct import Reply, Unanswered
+from lit_longctx.data.making.synthesize import Checkpoint, Endpoint
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 from lit_longctx.generate import generate
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
-from lit_longctx.synthesize import Checkpoint, Endpoint
 
 pytest.importorskip("openai")
 

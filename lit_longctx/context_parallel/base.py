@@ -13,8 +13,8 @@ from torch.distributed import ProcessGroup
 
 from lit_longctx.batch import Batch, documents_from_starts
 from lit_longctx.context_parallel.collectives import gather
-from lit_longctx.keys import OWN, KeySource
 from lit_longctx.model import Llama
+from lit_longctx.model.keys import OWN, KeySource
 
 
 class Share(NamedTuple):

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lit_longctx.attention import AttentionBackend, Heads, KVHeads, Values
 from lit_longctx.batch import Batch, Documents, pad_rows
 from lit_longctx.context_parallel.base import ContextParallel, Share
 from lit_longctx.context_parallel.collectives import Exchange
-from lit_longctx.keys import Kernel, KeySource, LayerSource, SeenKeys, SeenValues, View
-from lit_longctx.layers import LayerKind
+from lit_longctx.model.attention import AttentionBackend, Heads, KVHeads, Values
+from lit_longctx.model.keys import Kernel, KeySource, LayerSource, SeenKeys, SeenValues, View
+from lit_longctx.model.layers import LayerKind
 
 
 @final

@@ -11,13 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lit_longctx.attention import AttentionBackend, Heads, KVHeads, Values
 from lit_longctx.batch import Batch, Documents, pad_rows
 from lit_longctx.context_parallel.balance import chunks_of, imbalance
 from lit_longctx.context_parallel.base import ContextParallel, Share
 from lit_longctx.context_parallel.collectives import Gather
-from lit_longctx.keys import Kernel, KeySource, LayerSource, SeenKeys, SeenValues, View
-from lit_longctx.layers import LayerKind
+from lit_longctx.model.attention import AttentionBackend, Heads, KVHeads, Values
+from lit_longctx.model.keys import Kernel, KeySource, LayerSource, SeenKeys, SeenValues, View
+from lit_longctx.model.layers import LayerKind
 
 
 @final

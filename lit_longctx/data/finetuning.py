@@ -8,14 +8,20 @@ import numpy as np
 import torch
 
 from lit_longctx.batch import NO_TARGET, Batch, pack
-from lit_longctx.companions import CHAT_TEMPLATE
-from lit_longctx.data.conversations import ConversationRows, Conversations
-from lit_longctx.data.order import Order
-from lit_longctx.data.places import Places
-from lit_longctx.data.stages import ENDLESS, Course, Stage
-from lit_longctx.data.steps import Rows, StepData, check_shares, common_tokenizer, given_weights
-from lit_longctx.data.storage import ObjectStorage
-from lit_longctx.data.weights import Mean, weigh
+from lit_longctx.checkpoint.companions import CHAT_TEMPLATE
+from lit_longctx.data.sampling.conversations import ConversationRows, Conversations
+from lit_longctx.data.sampling.order import Order
+from lit_longctx.data.sampling.places import Places
+from lit_longctx.data.sampling.stages import ENDLESS, Course, Stage
+from lit_longctx.data.sampling.steps import (
+    Rows,
+    StepData,
+    check_shares,
+    common_tokenizer,
+    given_weights,
+)
+from lit_longctx.data.sampling.weights import Mean, weigh
+from lit_longctx.data.store.storage import ObjectStorage
 
 TEMPLATE = f"tokenizer/{CHAT_TEMPLATE}"
 WIDTH = 64

@@ -11,16 +11,22 @@ import numpy as np
 import torch
 
 from lit_longctx.batch import NO_TARGET, Batch, pack
-from lit_longctx.data.lanes import Lanes
-from lit_longctx.data.mds import Packs, open_windows
-from lit_longctx.data.order import Order
-from lit_longctx.data.packing import BestFit
-from lit_longctx.data.places import Places
-from lit_longctx.data.stages import ENDLESS, Course, Stage
-from lit_longctx.data.steps import Rows, StepData, check_shares, common_tokenizer, given_weights
-from lit_longctx.data.storage import ObjectStorage
-from lit_longctx.data.tokenizer import described, open_tokenizer
-from lit_longctx.data.windows import Windows
+from lit_longctx.data.sampling.lanes import Lanes
+from lit_longctx.data.sampling.order import Order
+from lit_longctx.data.sampling.packing import BestFit
+from lit_longctx.data.sampling.places import Places
+from lit_longctx.data.sampling.stages import ENDLESS, Course, Stage
+from lit_longctx.data.sampling.steps import (
+    Rows,
+    StepData,
+    check_shares,
+    common_tokenizer,
+    given_weights,
+)
+from lit_longctx.data.store.mds import Packs, open_windows
+from lit_longctx.data.store.storage import ObjectStorage
+from lit_longctx.data.store.windows import Windows
+from lit_longctx.data.tokens.tokenizer import described, open_tokenizer
 
 SHUFFLED_CHUNKS = 4
 """Chunks whose windows are shuffled together."""

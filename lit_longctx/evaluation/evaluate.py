@@ -9,26 +9,26 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 import lit_longctx
-from lit_longctx.attention import AttnImplementation
 from lit_longctx.checkpoint import Checkpoint
 from lit_longctx.context_parallel import ContextParallelName, apply_context_parallel
-from lit_longctx.data.chunks import BLOCK
-from lit_longctx.data.conversations import Conversations
-from lit_longctx.data.remote import open_folder
-from lit_longctx.data.storage import ObjectStorage
-from lit_longctx.data.tokenizer import check_tokenizer, open_tokenizer
-from lit_longctx.data.windows import Windows
-from lit_longctx.evaluation.answers import Answers
+from lit_longctx.data.sampling.conversations import Conversations
+from lit_longctx.data.store.chunks import BLOCK
+from lit_longctx.data.store.remote import open_folder
+from lit_longctx.data.store.storage import ObjectStorage
+from lit_longctx.data.store.windows import Windows
+from lit_longctx.data.tokens.tokenizer import check_tokenizer, open_tokenizer
 from lit_longctx.evaluation.candidates import Candidate, open_candidates
-from lit_longctx.evaluation.grid import Grid, Probe
-from lit_longctx.evaluation.held_out import HeldOutLoss
+from lit_longctx.evaluation.loss.held_out import HeldOutLoss
+from lit_longctx.evaluation.loss.sliding import Slide, SlidingPerplexity
 from lit_longctx.evaluation.measure import Measure, Section, Unit
 from lit_longctx.evaluation.processes import Processes, started_processes
-from lit_longctx.evaluation.prompts import Haystack
-from lit_longctx.evaluation.sliding import Slide, SlidingPerplexity
+from lit_longctx.evaluation.retrieval.answers import Answers
+from lit_longctx.evaluation.retrieval.grid import Grid, Probe
+from lit_longctx.evaluation.retrieval.prompts import Haystack
 from lit_longctx.journal import Journal
 from lit_longctx.manifest import write_text
 from lit_longctx.model import chosen_device
+from lit_longctx.model.attention import AttnImplementation
 from lit_longctx.position import PositionScheme
 from lit_longctx.progress import counted
 

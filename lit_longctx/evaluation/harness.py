@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import pack
 from lit_longctx.checkpoint import describe_layers, open_checkpoint
-from lit_longctx.data.tokenizer import open_tokenizer
+from lit_longctx.data.tokens.tokenizer import open_tokenizer
 from lit_longctx.generate import GREEDY, Pieces, Sampling, decode, ends_of
-from lit_longctx.head import token_hits
 from lit_longctx.model import chosen_device
+from lit_longctx.model.attention import AttnImplementation
+from lit_longctx.model.head import token_hits
 
 try:
     from lm_eval.__main__ import cli_evaluate

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from lit_longctx.evaluation.intervals import Interval, Sums, paired_differences
+from lit_longctx.evaluation.statistics.intervals import Interval, Sums, paired_differences
 from lit_longctx.journal import Of
 from lit_longctx.model import Llama
 

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_longctx.batch import Step
 from lit_longctx.checkpoint import Checkpoint
-from lit_longctx.companions import keep
-from lit_longctx.data.interface import TrainingData, describe_data
+from lit_longctx.checkpoint.companions import keep
+from lit_longctx.data.sampling.interface import TrainingData, describe_data
 from lit_longctx.progress import EVERY, Heartbeat, TimeLeft
 from lit_longctx.training.module import LanguageModule
 

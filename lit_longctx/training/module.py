@@ -11,17 +11,22 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_longctx import parameters
-from lit_longctx.attention import AttnImplementation
 from lit_longctx.batch import Batch, Step
-from lit_longctx.checkpoint import Checkpoint, describe, describe_layers, open_checkpoint
+from lit_longctx.checkpoint import (
+    Checkpoint,
+    describe,
+    describe_layers,
+    open_checkpoint,
+    parameters,
+)
 from lit_longctx.context_parallel import ContextParallel, apply_context_parallel
-from lit_longctx.data.interface import DataDescription, TrainingData, describe_data
-from lit_longctx.data.tokenizer import check_tokenizer
-from lit_longctx.evaluation.metrics import LossByPosition
-from lit_longctx.keys import OWN, KeySource
-from lit_longctx.memory import Memory
+from lit_longctx.data.sampling.interface import DataDescription, TrainingData, describe_data
+from lit_longctx.data.tokens.tokenizer import check_tokenizer
+from lit_longctx.evaluation.loss.metrics import LossByPosition
 from lit_longctx.model import Llama, LlamaConfig, layers_of
+from lit_longctx.model.attention import AttnImplementation
+from lit_longctx.model.keys import OWN, KeySource
+from lit_longctx.model.memory import Memory
 from lit_longctx.position import PositionScheme, RoPE
 from lit_longctx.training import parallel
 from lit_longctx.training.schedule import Schedule, WarmupCosine

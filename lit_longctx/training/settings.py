@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from lit_longctx.data.stages import Course
-from lit_longctx.layers import Layers
+from lit_longctx.data.sampling.stages import Course
+from lit_longctx.model.layers import Layers
 from lit_longctx.training.schedule import Schedule, Warmup
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lit_longctx.batch import Batch
-from lit_longctx.keys import KeySource
 from lit_longctx.model import Llama
+from lit_longctx.model.keys import KeySource
 
 
 class StepResult(NamedTuple):

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lit_longctx.checkpoint import load_pretrained
+from lit_longctx.checkpoint.hugging_face import read_config
 from lit_longctx.generate import reading
-from lit_longctx.hugging_face import read_config
 from lit_longctx.position import Rotary
 
 T = TypeVar("T")

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lit_longctx.data.conversations import Conversations
-from lit_longctx.data.prepare import prepare
-from lit_longctx.data.tokenizer import ByteTokenizer
-from lit_longctx.data.windows import Windows
+from lit_longctx.data.making.prepare import prepare
+from lit_longctx.data.sampling.conversations import Conversations
+from lit_longctx.data.store.windows import Windows
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 
 
 class Prepared(NamedTuple):

@@ -10,14 +10,14 @@ import torch
 from tokenizers import models, pre_tokenizers
 
 from lit_longctx import manifest
-from lit_longctx.data.mixture import Upsampling, mix
-from lit_longctx.data.prepare import prepare
+from lit_longctx.data.making.mixture import Upsampling, mix
+from lit_longctx.data.making.prepare import prepare
+from lit_longctx.data.making.scale import join, part_folder
 from lit_longctx.data.pretraining import PretrainData, Source
-from lit_longctx.data.scale import join, part_folder
-from lit_longctx.data.tokenizer import open_tokenizer
-from lit_longctx.data.windows import Windows
-from lit_longctx.evaluation.held_out import HeldOutLoss
-from lit_longctx.evaluation.prompts import Haystack
+from lit_longctx.data.store.windows import Windows
+from lit_longctx.data.tokens.tokenizer import open_tokenizer
+from lit_longctx.evaluation.loss.held_out import HeldOutLoss
+from lit_longctx.evaluation.retrieval.prompts import Haystack
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 

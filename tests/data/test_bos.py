@@ -10,15 +10,15 @@ from tokenizers import processors
 
 from lit_longctx import cli
 from lit_longctx.checkpoint import export_pretrained
-from lit_longctx.data.chat_template import ChatTemplate
-from lit_longctx.data.chats import Conversation, Message
-from lit_longctx.data.mixture import Upsampling, mix
-from lit_longctx.data.prepare import prepare
+from lit_longctx.data.making.mixture import Upsampling, mix
+from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.pretraining import PretrainData, Source
-from lit_longctx.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
-from lit_longctx.data.windows import Windows
+from lit_longctx.data.store.windows import Windows
+from lit_longctx.data.tokens.chat_template import ChatTemplate
+from lit_longctx.data.tokens.chats import Conversation, Message
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from lit_longctx.evaluation.evaluate import haystack
-from lit_longctx.evaluation.probes import TASKS, task_named
+from lit_longctx.evaluation.retrieval.probes import TASKS, task_named
 from lit_longctx.generate import generate_text
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE

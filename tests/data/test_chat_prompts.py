@@ -10,8 +10,8 @@ from test_generate import model, text_model
 
 from lit_longctx import cli
 from lit_longctx.checkpoint import export_pretrained
-from lit_longctx.data.chats import Malformed, Message
-from lit_longctx.data.tokenizer import ByteTokenizer
+from lit_longctx.data.tokens.chats import Malformed, Message
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 from lit_longctx.generate import generate_text, stream
 from lit_longctx.model import LlamaConfig
 

@@ -4,10 +4,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lit_longctx.data.chats import Conversation, Malformed, conversation
-from lit_longctx.data.faults import Broken, Faults
-from lit_longctx.data.inputs import files
-from lit_longctx.data.rows import READERS
+from lit_longctx.data.reading.faults import Broken, Faults
+from lit_longctx.data.reading.inputs import files
+from lit_longctx.data.reading.rows import READERS
+from lit_longctx.data.tokens.chats import Conversation, Malformed, conversation
 
 TURNS = (("system", "Be kind."), ("user", "Why?"), ("assistant", "Because."))
 CHAT = [{"role": role, "content": content} for role, content in TURNS]

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from lit_longctx.checkpoint import export_pretrained
-from lit_longctx.data import dependency as module
-from lit_longctx.data.dependency import (
+from lit_longctx.data.making import dependency as module
+from lit_longctx.data.making.dependency import (
     DependencyFilter,
     DependencyScorer,
     dependency_score,
     draw_pairs,
     perplexities,
 )
-from lit_longctx.data.documents import Document
+from lit_longctx.data.reading.documents import Document
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 

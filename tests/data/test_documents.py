@@ -12,7 +12,7 @@ import pytest
 import zstandard
 from fsspec.registry import known_implementations
 
-from lit_longctx.data.documents import Faults, Reader
+from lit_longctx.data.reading.documents import Faults, Reader
 
 CAP = 2000
 FIRST, LAST = b'{"text": "first", "id": "1"}\n', b'{"text": "last \\u00e9", "id": "2"}\n'

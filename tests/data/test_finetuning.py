@@ -10,12 +10,12 @@ import torch
 from data.test_pretraining import attach
 
 from lit_longctx.batch import NO_TARGET
-from lit_longctx.data.conversations import Conversations
 from lit_longctx.data.finetuning import ChatSource, FinetuneData
-from lit_longctx.data.places import PoSE
-from lit_longctx.data.prepare import prepare
+from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.pretraining import PretrainData, Source
-from lit_longctx.data.steps import HeldOut, Steps
+from lit_longctx.data.sampling.conversations import Conversations
+from lit_longctx.data.sampling.places import PoSE
+from lit_longctx.data.sampling.steps import HeldOut, Steps
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 

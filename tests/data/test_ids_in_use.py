@@ -10,11 +10,11 @@ from tokenizers import models, pre_tokenizers
 
 from lit_longctx import manifest
 from lit_longctx.data.finetuning import ChatSource, FinetuneData
-from lit_longctx.data.prepare import prepare
+from lit_longctx.data.making.prepare import prepare
+from lit_longctx.data.making.scale import join
 from lit_longctx.data.pretraining import PretrainData, Source
-from lit_longctx.data.scale import join
-from lit_longctx.data.tokenizer import check_tokenizer, described, open_tokenizer
-from lit_longctx.data.windows import Windows
+from lit_longctx.data.store.windows import Windows
+from lit_longctx.data.tokens.tokenizer import check_tokenizer, described, open_tokenizer
 
 ROWS = 90
 """Of the model's embedding; the tokenizer's ids go up to 99, as if one were an unused [PAD]."""

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from test_documents import AROUND, FIRST, LAST, read, zst
 
-from lit_longctx.data.documents import Reader
-from lit_longctx.data.faults import Broken, Faults
-from lit_longctx.data.inputs import Selection, files
-from lit_longctx.data.json_array import elements
-from lit_longctx.data.prepare import prepare
+from lit_longctx.data.making.prepare import prepare
+from lit_longctx.data.reading.documents import Reader
+from lit_longctx.data.reading.faults import Broken, Faults
+from lit_longctx.data.reading.inputs import Selection, files
+from lit_longctx.data.reading.json_array import elements
 
 LINE = b'{"text": "%s"}\n'
 TAKEN = {

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from lit_longctx.data.documents import Document
-from lit_longctx.data.interleave import Interleave
+from lit_longctx.data.making.interleave import Interleave
+from lit_longctx.data.reading.documents import Document
 
 
 def pairs(*rows):

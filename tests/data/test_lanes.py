@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_longctx.data.lanes import Lanes
+from lit_longctx.data.sampling.lanes import Lanes
 
 
 @pytest.mark.parametrize(("windows", "lanes"), [([40], 4), ([43], 4), ([100, 31, 50], 7)])

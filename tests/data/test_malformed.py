@@ -14,8 +14,8 @@ import pytest
 import zstandard
 from test_documents import AROUND, CAP, FIRST, LAST, read, rows, zst
 
-from lit_longctx.data.documents import Reader
-from lit_longctx.data.prepare import prepare
+from lit_longctx.data.making.prepare import prepare
+from lit_longctx.data.reading.documents import Reader
 
 NO_FIELD, NO_STRING = "no field 'text'", "'text' is no string"
 BAD_LINES = {
@@ -248,7 +248,7 @@ def test_too_wide_a_window_is_refused(tmp_path):
 PEAK = """
 import re, sys
 import pyarrow.ipc, pyarrow.parquet
-from lit_longctx.data.documents import Faults, Reader
+from lit_longctx.data.reading.documents import Faults, Reader
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_longctx.data import mds
-from lit_longctx.data.mds import Packs, open_windows
-from lit_longctx.data.storage import ObjectStorage
+from lit_longctx.data.store import mds
+from lit_longctx.data.store.mds import Packs, open_windows
+from lit_longctx.data.store.storage import ObjectStorage
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mds"
 ITEM, ITEMS = 256, 5

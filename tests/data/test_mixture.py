@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from lit_longctx import cli, manifest
-from lit_longctx.data.mixture import Upsampling, mix
-from lit_longctx.data.prepare import prepare
-from lit_longctx.data.windows import Windows
+from lit_longctx.data.making.mixture import Upsampling, mix
+from lit_longctx.data.making.prepare import prepare
+from lit_longctx.data.store.windows import Windows
 
 BOS = 256
 THRESHOLD = 300

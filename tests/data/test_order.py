@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from lit_longctx.data.order import PERIOD, Order, quota_schedule, whole_shares
+from lit_longctx.data.sampling.order import PERIOD, Order, quota_schedule, whole_shares
 
 
 def draws(order, number, start=0):

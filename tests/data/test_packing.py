@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lit_longctx.batch import pack
-from lit_longctx.data.chunks import SplitWriter
-from lit_longctx.data.packing import BestFit, best_fit, plan
-from lit_longctx.data.windows import Windows
+from lit_longctx.data.sampling.packing import BestFit, best_fit, plan
+from lit_longctx.data.store.chunks import SplitWriter
+from lit_longctx.data.store.windows import Windows
 
 BOS, EOS = 256, 257
 BYTES = {"vocab_size": 258, "bos": BOS, "eos": EOS}

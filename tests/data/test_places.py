@@ -7,7 +7,7 @@ import torch
 from schemes import every_scheme
 
 from lit_longctx.batch import NO_TARGET, pack
-from lit_longctx.data.places import E2LLM, FIRST_TOKENS, PoSE, SkipAlign
+from lit_longctx.data.sampling.places import E2LLM, FIRST_TOKENS, PoSE, SkipAlign
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import DynamicNTK, LongRoPE, PositionInterpolation, RoPE, XPos
 

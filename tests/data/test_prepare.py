@@ -13,12 +13,12 @@ from tokenizers import models, pre_tokenizers
 
 from lit_longctx import cli, manifest
 from lit_longctx.checkpoint import export_pretrained
-from lit_longctx.data import prepare as module
-from lit_longctx.data.chunks import SplitWriter
-from lit_longctx.data.dependency import DependencyFilter, DependencyScorer
-from lit_longctx.data.prepare import prepare
-from lit_longctx.data.tokenizer import ByteTokenizer, Tokenizer
-from lit_longctx.data.windows import Windows
+from lit_longctx.data.making import prepare as module
+from lit_longctx.data.making.dependency import DependencyFilter, DependencyScorer
+from lit_longctx.data.making.prepare import prepare
+from lit_longctx.data.store.chunks import SplitWriter
+from lit_longctx.data.store.windows import Windows
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer, Tokenizer
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lit_longctx.batch import Batch, Documents, Step
-from lit_longctx.data.prepare import prepare
+from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.pretraining import PretrainData, Source, read_batch
-from lit_longctx.data.steps import Steps
+from lit_longctx.data.sampling.steps import Steps
 
 BOS, EOS = 256, 257
 WINDOW, ROWS, STEPS = 256, 8, 30

@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 import torch
 
-from lit_longctx.data import remote
-from lit_longctx.data.mds import Packs
-from lit_longctx.data.order import Order
-from lit_longctx.data.prepare import prepare
+from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.pretraining import SHUFFLED_CHUNKS, PretrainData, Source
-from lit_longctx.data.storage import ObjectStorage
-from lit_longctx.data.windows import Windows
+from lit_longctx.data.sampling.order import Order
+from lit_longctx.data.store import remote
+from lit_longctx.data.store.mds import Packs
+from lit_longctx.data.store.storage import ObjectStorage
+from lit_longctx.data.store.windows import Windows
 
 pytest.importorskip("moto")
 

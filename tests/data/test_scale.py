@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from lit_longctx import cli, manifest
-from lit_longctx.data.documents import Reader
-from lit_longctx.data.faults import Faults
-from lit_longctx.data.interleave import Interleave
-from lit_longctx.data.prepare import prepare
-from lit_longctx.data.scale import Executor, join, part_folder
+from lit_longctx.data.making.interleave import Interleave
+from lit_longctx.data.making.prepare import prepare
+from lit_longctx.data.making.scale import Executor, join, part_folder
+from lit_longctx.data.reading.documents import Reader
+from lit_longctx.data.reading.faults import Faults
 
 pytest.importorskip("datatrove")
 

@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lit_longctx.data import self_instruct
-from lit_longctx.data.documents import Document
-from lit_longctx.data.self_instruct import (
+from lit_longctx.data.making import self_instruct
+from lit_longctx.data.making.self_instruct import (
     STYLES,
     Generator,
     Interview,
@@ -23,6 +22,7 @@ from lit_longctx.data.self_instruct import (
     question_and_answer,
     verdict,
 )
+from lit_longctx.data.reading.documents import Document
 
 TEXT = "".join(random.Random(0).choices("abcdefgh ", k=5000))
 

@@ -8,8 +8,8 @@ import pytest
 from data.test_pretraining import NAMES, WINDOW, attach, flat, folder, rows_of  # noqa: F401
 
 from lit_longctx.data.pretraining import PretrainData, Source
-from lit_longctx.data.stages import Course, Stage
-from lit_longctx.data.steps import Steps
+from lit_longctx.data.sampling.stages import Course, Stage
+from lit_longctx.data.sampling.steps import Steps
 
 STAGES = [
     Stage(steps=12, learning_rate=1e-3),

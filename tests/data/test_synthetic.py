@@ -6,7 +6,7 @@ from string import ascii_letters
 
 import pytest
 
-from lit_longctx.data.synthetic import COLUMNS, HEAD, KeyValues, Table, keys, text
+from lit_longctx.data.making.synthetic import COLUMNS, HEAD, KeyValues, Table, keys, text
 
 KINDS = [
     KeyValues(questions=7),

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
-from lit_longctx.data.tokenizer import (
+from lit_longctx.data.tokens.tokenizer import (
     ByteTokenizer,
     JsonTokenizer,
     SentencePieceTokenizer,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from differences import assert_near
 
 from lit_longctx.batch import NO_TARGET, pack
-from lit_longctx.data.weights import weigh
+from lit_longctx.data.sampling.weights import weigh
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 

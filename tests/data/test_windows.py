@@ -10,8 +10,8 @@ from litdata import StreamingDataset, TokensLoader
 from litdata.streaming.writer import BinaryWriter
 
 from lit_longctx import manifest
-from lit_longctx.data.prepare import prepare
-from lit_longctx.data.windows import OPEN_CHUNKS, Windows
+from lit_longctx.data.making.prepare import prepare
+from lit_longctx.data.store.windows import OPEN_CHUNKS, Windows
 
 BOS, EOS = 256, 257
 CHUNK = 1536

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from lit_longctx.batch import one_document
-from lit_longctx.data.tokenizer import ByteTokenizer
-from lit_longctx.evaluation import probes
-from lit_longctx.evaluation.answers import last_answer
-from lit_longctx.evaluation.probes import forced, written
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer
+from lit_longctx.evaluation.retrieval import probes
+from lit_longctx.evaluation.retrieval.answers import last_answer
+from lit_longctx.evaluation.retrieval.probes import forced, written
 from lit_longctx.generate import reading
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE

@@ -17,8 +17,8 @@ from training import runs
 from lit_longctx.batch import Batch
 from lit_longctx.checkpoint import export_pretrained
 from lit_longctx.evaluation.evaluate import evaluate
-from lit_longctx.evaluation.held_out import HeldOutLoss
-from lit_longctx.evaluation.sliding import Slide
+from lit_longctx.evaluation.loss.held_out import HeldOutLoss
+from lit_longctx.evaluation.loss.sliding import Slide
 from lit_longctx.generate import reading
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import NoPE, PositionInterpolation, RoPE, TransformerXL, YaRN

@@ -8,12 +8,12 @@ import pytest
 import torch
 from training import runs
 
-from lit_longctx.data.tokenizer import ByteTokenizer
-from lit_longctx.evaluation import grid as module
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 from lit_longctx.evaluation.evaluate import evaluate
-from lit_longctx.evaluation.grid import Grid, Probe
-from lit_longctx.evaluation.probes import Forced
-from lit_longctx.evaluation.prompts import Haystack
+from lit_longctx.evaluation.retrieval import grid as module
+from lit_longctx.evaluation.retrieval.grid import Grid, Probe
+from lit_longctx.evaluation.retrieval.probes import Forced
+from lit_longctx.evaluation.retrieval.prompts import Haystack
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lit_longctx.evaluation.intervals import Sums, paired_differences, wilson
+from lit_longctx.evaluation.statistics.intervals import Sums, paired_differences, wilson
 
 
 def sums(values: np.ndarray) -> Sums:

@@ -9,11 +9,11 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lit_longctx.batch import pack
-from lit_longctx.data import synthetic
-from lit_longctx.data.tokenizer import ByteTokenizer, open_tokenizer
-from lit_longctx.evaluation.key_values import KeyValues
-from lit_longctx.evaluation.probes import forced, generated
-from lit_longctx.evaluation.prompts import Haystack
+from lit_longctx.data.making import synthetic
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer, open_tokenizer
+from lit_longctx.evaluation.retrieval.key_values import KeyValues
+from lit_longctx.evaluation.retrieval.probes import forced, generated
+from lit_longctx.evaluation.retrieval.prompts import Haystack
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 

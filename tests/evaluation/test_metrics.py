@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_longctx.batch import Batch, pack
-from lit_longctx.evaluation.metrics import LossByPosition, position_edges
+from lit_longctx.evaluation.loss.metrics import LossByPosition, position_edges
 
 BOS, SEQ = 1, 512
 SOURCES = ["books", "code"]

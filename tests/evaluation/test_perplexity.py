@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lit_longctx.checkpoint import export_pretrained
-from lit_longctx.evaluation.perplexity import Sliding, perplexity, slide
+from lit_longctx.evaluation.loss.perplexity import Sliding, perplexity, slide
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 

@@ -5,7 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from lit_longctx.evaluation.scaling import PowerLaw, extrapolate, fit_power_law, fit_scaling
+from lit_longctx.evaluation.statistics.scaling import (
+    PowerLaw,
+    extrapolate,
+    fit_power_law,
+    fit_scaling,
+)
 
 PAPER = {
     "7B": PowerLaw(25.4, 0.45, 1.56),

@@ -13,11 +13,11 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from lit_longctx.checkpoint import export_pretrained
-from lit_longctx.data.tokenizer import ByteTokenizer, open_tokenizer
-from lit_longctx.evaluation.probes import TASKS, forced, generated, task_named
-from lit_longctx.evaluation.prompts import Haystack, Hidden, hide, neutral_text, piece
-from lit_longctx.evaluation.ruler import CommonWords, MultiKey
-from lit_longctx.evaluation.tasks import FU_DEPTHS, FU_LENGTHS, SECRET, Needle, rouge_l
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer, open_tokenizer
+from lit_longctx.evaluation.retrieval.probes import TASKS, forced, generated, task_named
+from lit_longctx.evaluation.retrieval.prompts import Haystack, Hidden, hide, neutral_text, piece
+from lit_longctx.evaluation.retrieval.ruler import CommonWords, MultiKey
+from lit_longctx.evaluation.retrieval.tasks import FU_DEPTHS, FU_LENGTHS, SECRET, Needle, rouge_l
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import DynamicNTK, RoPE
 

@@ -8,8 +8,8 @@ from schemes import every_scheme
 
 from lit_longctx.checkpoint import export_pretrained, load_pretrained, open_checkpoint
 from lit_longctx.generate import reading
-from lit_longctx.layers import LayerKind, Layers
 from lit_longctx.model import Llama, LlamaConfig
+from lit_longctx.model.layers import LayerKind, Layers
 from lit_longctx.position import DynamicNTK, NoPE, RoPE, TransformerXL, YaRN
 from lit_longctx.training.module import ContinualPretrain
 

@@ -8,10 +8,10 @@ from differences import assert_near
 from einops import rearrange
 from safetensors.torch import load_file
 
-from lit_longctx.attention import attention_backend
 from lit_longctx.batch import one_document
-from lit_longctx.keys import OwnLayer, View
 from lit_longctx.model import Attention, LlamaConfig
+from lit_longctx.model.attention import attention_backend
+from lit_longctx.model.keys import OwnLayer, View
 from lit_longctx.position import TransformerXL
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "transformer_xl_attention.safetensors"

@@ -84,7 +84,7 @@ def documents(seed: int, number: int) -> list[str]:
 
 def prepare(folder: Path, texts: Sequence[str], **options: Any) -> Path:
     """Write a prepared data folder."""
-    from lit_longctx.data.prepare import prepare as prepare_documents
+    from lit_longctx.data.making.prepare import prepare as prepare_documents
 
     rows = folder.with_suffix(".jsonl")
     named = [{"id": f"{folder.name} {i}", "text": text} for i, text in enumerate(texts)]

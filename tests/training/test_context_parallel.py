@@ -17,8 +17,8 @@ from lit_longctx.batch import Batch, pack
 from lit_longctx.checkpoint import load_pretrained
 from lit_longctx.context_parallel import apply_context_parallel, context_parallel
 from lit_longctx.context_parallel.balance import balanced
-from lit_longctx.layers import LayerKind, Layers
 from lit_longctx.model import Llama, LlamaConfig
+from lit_longctx.model.layers import LayerKind, Layers
 from lit_longctx.position import DynamicNTK, LongRoPE, RoPE, TransformerXL, XPos, YaRN
 from lit_longctx.training import parallel
 from lit_longctx.training.fit import fill_in_launcher

@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import runs
 
 from lit_longctx.checkpoint import load_pretrained
-from lit_longctx.data.tokenizer import ByteTokenizer
-from lit_longctx.data.windows import Windows
-from lit_longctx.evaluation.prompts import Haystack
-from lit_longctx.evaluation.tasks import Passkey
+from lit_longctx.data.store.windows import Windows
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer
+from lit_longctx.evaluation.retrieval.prompts import Haystack
+from lit_longctx.evaluation.retrieval.tasks import Passkey
 from lit_longctx.generate import reading
 
 LENGTHS, DEPTHS = [256, 280, 300], [0.0, 50.0, 100.0]

@@ -4,8 +4,8 @@ from math import cos, pi, sqrt
 
 import pytest
 
-from lit_longctx.data.stages import Course, Stage
-from lit_longctx.layers import Layers
+from lit_longctx.data.sampling.stages import Course, Stage
+from lit_longctx.model.layers import Layers
 from lit_longctx.position import RoPE
 from lit_longctx.training.schedule import Schedule, WarmupConstant, WarmupCosine, WarmupLinear
 from lit_longctx.training.settings import StageSettings

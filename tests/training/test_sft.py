@@ -9,7 +9,7 @@ import yaml
 from data.test_finetuning import chats, questions
 from training import runs
 
-from lit_longctx.data.prepare import prepare
+from lit_longctx.data.making.prepare import prepare
 
 
 @runs.shared

@@ -9,7 +9,7 @@ import yaml
 from tokenizers import models, pre_tokenizers
 from training import runs
 
-from lit_longctx.data.prepare import prepare
+from lit_longctx.data.making.prepare import prepare
 
 FITTING = ["--trainer.max_steps", 5, "--checkpoints.every_n_steps", 5]
 

@@ -10,8 +10,8 @@ from training import runs
 
 from lit_longctx import checkpoint
 from lit_longctx.data.pretraining import PretrainData, Source
-from lit_longctx.data.stages import Stage
-from lit_longctx.data.steps import Steps
+from lit_longctx.data.sampling.stages import Stage
+from lit_longctx.data.sampling.steps import Steps
 from lit_longctx.position import RoPE
 
 STAGES = [

@@ -7,7 +7,7 @@ from cases.against_transformers import refused, with_weights
 from cases.preparing import documents, prepared
 
 from lit_longctx.evaluation.evaluate import evaluate
-from lit_longctx.evaluation.grid import Grid
+from lit_longctx.evaluation.retrieval.grid import Grid
 
 
 def check(case: Path, work: Path) -> None:

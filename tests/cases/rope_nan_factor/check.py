@@ -2,7 +2,7 @@ from pathlib import Path
 
 from cases.against_transformers import refused
 
-from lit_longctx.hugging_face import read_config
+from lit_longctx.checkpoint.hugging_face import read_config
 
 
 def check(case: Path, work: Path) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from cases.preparing import documents
 
-from lit_longctx.data.prepare import prepare
+from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.pretraining import PretrainData, Source
-from lit_longctx.data.windows import Windows
+from lit_longctx.data.store.windows import Windows
 
 WINDOW = 256
 

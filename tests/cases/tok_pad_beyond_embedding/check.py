@@ -7,7 +7,7 @@ from cases.against_transformers import with_weights
 from cases.preparing import documents
 from cases.training import trained
 
-from lit_longctx.data.prepare import prepare
+from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.pretraining import PretrainData, Source
 from lit_longctx.training.module import ContinualPretrain
 

@@ -1,0 +1,69 @@
+"""The model as a run's checkpoint describes it: config, position schemes, trained context."""
+
+import importlib
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from lit_longctx import position as schemes
+from lit_longctx.model import Llama, LlamaConfig
+from lit_longctx.model.layers import LayerKind, Layers
+from lit_longctx.position import PositionScheme
+
+MODEL = "model.json"
+"""File in a run's checkpoint that describes the model: config, position scheme, trained context."""
+
+
+def describe(llama: Llama, context: int | None) -> dict[str, Any]:
+    """Return what MODEL holds: enough to rebuild the model without the run's YAML."""
+    return {
+        "config": asdict(llama.config),
+        **describe_layers(llama.layers),
+        "context": context,
+        "torch": torch.__version__,
+    }
+
+
+def describe_layers(layers: Layers) -> dict[str, Any]:
+    """Return `position` where one scheme describes all layers, else `layers`."""
+    if layers.are_alike:
+        return {"position": describe_position(layers.position)}
+    kinds = [
+        {"position": describe_position(kind.position), "window": kind.window}
+        for kind in layers.kinds
+    ]
+    return {"layers": {"kinds": kinds, "kind_of": list(layers.kind_of)}}
+
+
+def describe_position(position: PositionScheme) -> dict[str, Any]:
+    """Return a scheme as class_path and init_args, the form configs use."""
+    kind = type(position)
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": vars(position)}
+
+
+def scaled_alike(origin: dict[str, Any], layers: Layers) -> bool:
+    """Whether layers stretch positions as those that their run started from did."""
+    if not layers.are_alike or "position" not in origin:
+        return False
+    told, now = origin["position"], describe_position(layers.position)
+    factors = [scheme["init_args"].get("factor") for scheme in (told, now)]
+    return told["class_path"] == now["class_path"] and factors[0] == factors[1]
+
+
+def read_layers(description: dict[str, Any], config: LlamaConfig) -> Layers:
+    """Return the kinds of layers that MODEL describes, and which layer is of which kind."""
+    if "layers" not in description:
+        return Layers.alike(_scheme(description["position"]), config.num_hidden_layers)
+    kinds = description["layers"]["kinds"]
+    return Layers(
+        tuple(LayerKind(_scheme(kind["position"]), kind["window"]) for kind in kinds),
+        tuple(description["layers"]["kind_of"]),
+    )
+
+
+def _scheme(description: dict[str, Any]) -> PositionScheme:
+    module, name = description["class_path"].rsplit(".", 1)
+    if module.startswith(schemes.__name__):  # the file of one of ours may have changed
+        module = schemes.__name__
+    return getattr(importlib.import_module(module), name)(**description["init_args"])

@@ -1,0 +1,105 @@
+"""Write a model as a Hugging Face folder."""
+
+import json
+from dataclasses import replace
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lit_longctx import manifest
+from lit_longctx import position as schemes
+from lit_longctx.checkpoint import hugging_face, parameters, readers
+from lit_longctx.checkpoint.companions import GENERATION, TOKENS, Companions
+from lit_longctx.checkpoint.opening import Checkpoint, open_checkpoint
+from lit_longctx.model import Llama
+from lit_longctx.progress import say
+
+
+def export_pretrained(
+    llama: Llama,
+    folder: str | Path,
+    tokenizer: Any = None,
+    context: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a Hugging Face folder that transformers 4 and 5 read as the same model.
+
+    Tokenizer, chat template, special tokens and generation config are those of the checkpoint that
+    the model was loaded from, and of its start before that.
+
+    Args:
+        llama: The model; sharded parameters are gathered one at a time.
+        folder: Where to; must not exist. Appears whole or not at all.
+        tokenizer: A folder to copy tokenizer files from, or an object with `.save(folder)`, in
+            place of the checkpoint's.
+        context: The new max_position_embeddings; default: the largest of the checkpoint's context,
+            what was trained, and the scheme's reach (factor × original context).
+        dtype: Of the stored weights.
+
+    Raises:
+        ValueError: for a position scheme that Hugging Face cannot represent.
+    """
+    start: Checkpoint | None = llama.start
+    if start and not start.path.is_dir():
+        say(f"{start.path}, from which the model was loaded, is gone: nothing is taken from there")
+    beside = start.companions if start else Companions()
+    if isinstance(tokenizer, str | Path):
+        beside = replace(beside, given=Path(tokenizer))
+    tokens = start.tokens if start else {}
+    context = context or context_of(llama)[0]
+    config = hugging_face.config_json(llama, context, dtype) | tokens
+    with manifest.whole_folder(Path(folder)) as temporary:
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        parameters.save(llama, temporary, dtype)
+        save = getattr(tokenizer, "save", None)
+        if save:
+            save(temporary)
+        beside.write(temporary, tokenizer=not save)
+        generation = beside.generation({key: config.get(key) for key in TOKENS})
+        (temporary / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
+        hugging_face.compare_with_transformers(temporary, llama)
+        for line in readers.check(config):
+            say(f"{folder}: {line}")
+    return Path(folder)
+
+
+def context_of(llama: Llama) -> tuple[int, str]:
+    """Return the context of a model, and what decides it."""
+    if llama.start is not None:
+        return llama.start.context_with(llama.layers)
+    reach, configured = llama.layers.reach(0), llama.config.max_position_embeddings
+    if any(isinstance(kind.position, schemes.YaRN) for kind in llama.layers.kinds):
+        return reach  # no other fits it; the config's may be no more than the default
+    return max((configured, "the config's"), reach, key=itemgetter(0))
+
+
+def export(
+    checkpoint: str,
+    output: str,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    context: int | None = None,
+) -> Path:
+    """Write a run's newest checkpoint as a Hugging Face folder.
+
+    Args:
+        checkpoint: Run folder, or one of its checkpoints.
+        output: Folder to make; must not exist.
+        dtype: Of the stored weights.
+        context: Tokens of context to write as max_position_embeddings; default: the largest of the
+            start's, the longest that was trained, and the position scheme's reach.
+    """
+    opened = open_checkpoint(checkpoint).verified()
+    llama = opened.load()
+    told = (context, "as given") if context else context_of(llama)
+    export_pretrained(llama, output, None, context, getattr(torch, dtype))
+    written = json.loads((Path(output) / "config.json").read_text())["max_position_embeddings"]
+    if written != told[0]:
+        told = (written, "the original: transformers stretches positions from there")
+    print(f"{llama.layers}")
+    print(f"context {told[0]:,}: {told[1]}")
+    beside = opened.companions
+    print(f"tokenizer from {beside.tokenizer}, chat template from {beside.chat_template}")
+    print(f"wrote {output}")
+    return Path(output)

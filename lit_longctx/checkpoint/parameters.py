@@ -1,0 +1,231 @@
+"""A model's parameters: filled from safetensors, distributed or Meta's files, and written.
+
+Weights are read slice by slice into parameters that may be sharded already.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lit_longctx.checkpoint import meta
+from lit_longctx.model import Llama, LlamaConfig, initial_weight
+
+SHARD_BYTES = 5 * 2**30
+"""Bytes of weights per exported file, as Hugging Face cuts them."""
+SCHEME = ".self_attn.position."
+"""Part of the names of weights that belong to a position scheme."""
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights, as safetensors names them."""
+DISTRIBUTED = ".metadata"
+"""File that makes a folder a distributed checkpoint."""
+
+
+def fill(llama: Llama, folder: Path | None, seed: int = 0) -> list[str]:
+    """Fill parameters, sharded or not, from a folder; return the names that it did not hold.
+
+    What a folder's manifest says of it is checked before, by whoever opened it.
+
+    Only weights of the position scheme may be missing (a RoPE checkpoint has none for
+    Transformer-XL): those, and everything when `folder` is None, start anew.
+    """
+    parameters: dict[str, Tensor] = {plain(name): p for name, p in llama.named_parameters()}
+    if folder is None:
+        missing = list(parameters)
+    elif (folder / DISTRIBUTED).is_file():
+        missing = _fill_from_run(parameters, folder, llama.config)
+    elif (folder / "config.json").is_file():
+        missing = _fill_from_safetensors(parameters, folder, llama.config)
+    else:
+        missing = _fill_from_meta(parameters, folder, llama.config)
+    for name in missing:
+        shape = parameters[name].shape
+        if SCHEME in name:
+            layer = int(name.split(".")[2])
+            scheme = llama.layers.position_of(layer)
+            weight = scheme.initial_weight(name.rsplit(".", 1)[1], shape)
+        else:
+            weight = initial_weight(name, shape, llama.config.num_hidden_layers, seed)
+        _copy(parameters[name], weight)
+    return missing
+
+
+def plain(name: str) -> str:
+    """Parameter name without what activation checkpointing and compilation put into it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+@torch.no_grad()
+def _copy(parameter: Tensor, stored: Any) -> None:
+    """Copy this rank's shard of `parameter` out of a tensor or a lazily read slice of a file."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(stored[:])
+        return
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    part = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+    parameter.to_local().copy_(stored[part])
+
+
+def _compare(
+    parameters: dict[str, Tensor], stored: dict[str, list[int]], folder: Path, config: LlamaConfig
+) -> list[str]:
+    """Return the scheme's weights that `folder` lacks; ValueError names any other difference."""
+    missing = [name for name in parameters if name not in stored]
+    if foreign := [name for name in missing if SCHEME not in name]:
+        raise ValueError(f"{folder} lacks {foreign[0]} ({len(foreign)} weights missing)")
+    tied = {HEAD} if config.tie_word_embeddings else set()
+    for name in stored:
+        spare = name in tied or SCHEME in name or name.endswith("rotary_emb.inv_freq")
+        if name not in parameters and not spare:
+            raise ValueError(f"{folder} holds {name}, which this model has no place for")
+    for name, parameter in parameters.items():
+        if name in stored and stored[name] != list(parameter.shape):
+            expected = list(parameter.shape)
+            raise ValueError(f"{folder}: {name} is {stored[name]}, expected {expected}")
+    return missing
+
+
+def _fill_from_safetensors(
+    parameters: dict[str, Tensor], folder: Path, config: LlamaConfig
+) -> list[str]:
+    """Read of every tensor only the bytes that this rank holds."""
+    stored = _slices(folder)
+    shapes = {name: list(part.get_shape()) for name, part in stored.items()}
+    missing = _compare(parameters, shapes, folder, config)
+    for name in parameters.keys() - set(missing):
+        if (dtype := stored[name].get_dtype()) not in FLOATS:
+            raise ValueError(
+                f"{folder}: {name} is of dtype {dtype}, expected one of {', '.join(FLOATS)}; a "
+                "quantized model (see quantization_config) must be dequantized first"
+            )
+    if (
+        config.tie_word_embeddings
+        and HEAD in stored
+        and not _equal(stored[HEAD], stored[EMBEDDING])
+    ):
+        raise ValueError(
+            f"{folder}/config.json: tie_word_embeddings is true, but {HEAD} is stored with other "
+            f"values than {EMBEDDING}; set it to false to use {HEAD}, or remove {HEAD}"
+        )
+    for name in parameters.keys() - set(missing):
+        _copy(parameters[name], stored[name])
+    return missing
+
+
+def _fill_from_meta(parameters: dict[str, Tensor], folder: Path, config: LlamaConfig) -> list[str]:
+    """Join and permute Meta's parts; every rank reads all of them, memory-mapped."""
+    stored = meta.read_weights(folder, config)
+    shapes = {name: list(weight.shape) for name, weight in stored.items()}
+    missing = _compare(parameters, shapes, folder, config)
+    for name in parameters.keys() - set(missing):
+        _copy(parameters[name], stored[name])
+    return missing
+
+
+def _slices(folder: Path) -> dict[str, Any]:
+    """Return every stored tensor, unread; ValueError where two files hold one with other values."""
+    stored: dict[str, Any] = {}
+    origin: dict[str, Path] = {}
+    for file in _safetensors_files(folder):
+        handle = _open(file)
+        for name in handle.keys():  # noqa: SIM118
+            part = handle.get_slice(name)
+            if name in stored and not _equal(stored[name], part):
+                raise ValueError(
+                    f"{folder}: {origin[name].name} and {file.name} hold {name} with other values; "
+                    "remove the file that is not the model's"
+                )
+            stored[name], origin[name] = part, file
+    return stored
+
+
+def _equal(one: Any, other: Any, rows: int = 4096) -> bool:
+    """Whether two stored tensors are the same, read a few rows at a time."""
+    shape = one.get_shape()
+    if shape != other.get_shape() or one.get_dtype() != other.get_dtype():
+        return False
+    starts = range(0, shape[0] if shape else 1, rows)
+    return all(torch.equal(one[i : i + rows], other[i : i + rows]) for i in starts)
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    """Files of weights: the index's, and a single file beside it; ValueError without any."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if not index.is_file():
+        if single.is_file():
+            return [single]
+        if shards := sorted(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"{folder} holds {shards[0].name} but no {index.name}, which says what the files "
+                "hold; copy it too"
+            )
+        raise ValueError(f"{folder} holds no model.safetensors; convert it to safetensors first")
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{folder / name}, named by {index.name}, is missing")
+    beside = [single] if single.is_file() and single.name not in names else []
+    return [*(folder / name for name in names), *beside]
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is torn or no safetensors file: {error}") from None
+
+
+def _fill_from_run(parameters: dict[str, Tensor], folder: Path, config: LlamaConfig) -> list[str]:
+    """Load a run's distributed checkpoint in place, resharded as needed."""
+    import torch.distributed.checkpoint as dcp
+
+    storage = dcp.FileSystemReader(folder)
+    metadata = storage.read_metadata().state_dict_metadata
+    prefix = "state_dict.llama."
+    shapes = {
+        name.removeprefix(prefix): list(getattr(entry, "size", []))
+        for name, entry in metadata.items()
+        if name.startswith(prefix)
+    }
+    missing = _compare(parameters, shapes, folder, config)
+    held = {f"llama.{name}": p.detach() for name, p in parameters.items() if name not in missing}
+    dcp.load(
+        {"state_dict": held}, storage_reader=storage, no_dist=not torch.distributed.is_initialized()
+    )
+    return missing
+
+
+def save(llama: Llama, folder: Path, dtype: torch.dtype) -> None:
+    """Write safetensors, with an index where they are several files."""
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for long_name, parameter in llama.named_parameters():
+        weight = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        weight = weight.detach().to("cpu", dtype).contiguous()
+        if filled and filled + weight.nbytes > SHARD_BYTES:
+            shards.append({})
+            filled = 0
+        shards[-1][plain(long_name)] = weight
+        filled += weight.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+    total = sum(weight.nbytes for shard in shards for weight in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""Make data: prepare, mix, filter by dependency, interleave, synthesize."""

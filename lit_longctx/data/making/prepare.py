@@ -1,0 +1,356 @@
+"""`lit_longctx prepare`: documents → litdata chunks, a manifest and a token ledger.
+
+The folder appears whole or not at all. Many machines may each make a part of it; the parts are then
+joined.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lit_longctx import hub, manifest
+from lit_longctx.checkpoint import open_checkpoint
+from lit_longctx.checkpoint.companions import CHAT_TEMPLATE, GENERATION
+from lit_longctx.data.making.dependency import DependencyFilter, DependencyScorer
+from lit_longctx.data.making.interleave import Interleave
+from lit_longctx.data.making.read_progress import Reading
+from lit_longctx.data.making.scale import Executor, in_parts
+from lit_longctx.data.reading.documents import Document, Faults, Reader, Unit, part_of
+from lit_longctx.data.reading.inputs import Selection
+from lit_longctx.data.sampling.conversations import conversation_units, rendered, set_apart_by
+from lit_longctx.data.store.chunks import BLOCK, SPLITS, SplitWriter
+from lit_longctx.data.tokens.chat_template import ChatTemplate
+from lit_longctx.data.tokens.encode import encoded
+from lit_longctx.data.tokens.special_tokens import AddBos
+from lit_longctx.data.tokens.tokenizer import (
+    Ids,
+    Tokenizer,
+    check_tokenizer,
+    describe_borders,
+    described,
+    open_tokenizer,
+    round_trip,
+)
+
+OWN = ("output", "source", "part", "parts", "executor")
+"""Arguments that are not the same for every part."""
+SAMPLE, EXCERPT = 100, 4096
+"""Documents, and characters of each, on which is tried whether ids decode to their text."""
+
+
+def prepare(
+    input: list[str] | str,
+    output: str,
+    tokenizer: str = "bytes",
+    source: str | None = None,
+    held_out: float = 0.02,
+    chunk_tokens: int = 2**22,
+    bos: str | None = None,
+    eos: str | None = None,
+    add_bos: AddBos = "auto",
+    reader: Reader = Reader(),
+    tolerated: float = 0.01,
+    filter: DependencyFilter | None = None,
+    interleave: Interleave | None = None,
+    chat: bool = False,
+    chat_template: str | None = None,
+    part: int = 0,
+    parts: int = 1,
+    executor: Executor | None = None,
+) -> dict[str, Any] | None:
+    """Tokenise documents into OUTPUT/train and OUTPUT/held_out.
+
+    Args:
+        input: File, folder, glob or URL, or a list of them (jsonl, JSON arrays, parquet, text;
+            .gz, .zst, .xz and .bz2 too; what `Dataset.save_to_disk` wrote), `code:DIR` for
+            repositories that lie side by side, one document each, or `stdlib` for Python's own
+            sources.
+        output: Folder to make; must not exist.
+        tokenizer: `bytes`, a tokenizer.json, a sentencepiece tokenizer.model, or a folder or Hub
+            name (org/name, org/name@revision) that holds one.
+        source: Name of the source in reports; default: the output folder's name.
+        held_out: Share of documents kept for evaluation, chosen by a hash of their names; of
+            conversations, by that of their document or first question.
+        chunk_tokens: Tokens per chunk file, a multiple of 256; windows cannot be longer.
+        bos: Token that begins documents; default: tokenizer_config.json's.
+        eos: Token that ends documents; default: tokenizer_config.json's.
+        add_bos: Whether documents begin with BOS; `auto`: if --bos names one, else as
+            `transformers` has it of the tokenizer's files.
+        reader: Which fields of rows hold text and name, and the largest document.
+        tolerated: Largest share of broken documents; above it nothing is written.
+        filter: Keep only training documents whose long-dependency score is high enough.
+        interleave: Join every few training documents into one, their chunks in turn.
+        chat: Rows are conversations for fine-tuning: messages, ShareGPT, Alpaca, or document,
+            question and answer.
+        chat_template: Jinja file, or `plain` for one of ours; default: the tokenizer's own.
+        part: Which of the parts to read.
+        parts: Equal shares of the input's files; one alone is a folder like any other.
+        executor: What runs the parts, on this machine or many, before they are joined; the same
+            command again goes on where it stopped.
+
+    Returns:
+        The manifest; None if parts are still missing.
+    """
+    given = Preparation(**{k: v for k, v in locals().items() if k != "executor"})
+    given.check(in_parts=executor is not None or parts > 1)
+    if executor:
+        return in_parts(partial(prepare, **given.shared()), executor, Path(output), source)
+    return run(given)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The arguments of `prepare`, which describes them; those of one part."""
+
+    input: list[str] | str
+    output: str
+    tokenizer: str
+    source: str | None
+    held_out: float
+    chunk_tokens: int
+    bos: str | None
+    eos: str | None
+    add_bos: AddBos
+    reader: Reader
+    tolerated: float
+    filter: DependencyFilter | None
+    interleave: Interleave | None
+    chat: bool
+    chat_template: str | None
+    part: int
+    parts: int
+
+    def check(self, in_parts: bool) -> None:
+        """Raise ValueError if settings exclude each other or are out of range."""
+        if self.chat and (in_parts or self.filter or self.interleave):
+            raise ValueError(
+                "conversations are prepared in one part, without filter and interleave"
+            )
+        if self.chunk_tokens % BLOCK or self.chunk_tokens <= 0:
+            raise ValueError(f"chunk_tokens {self.chunk_tokens} is no multiple of {BLOCK}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out {self.held_out} is no share; expected 0 ≤ held_out < 1")
+
+    @property
+    def inputs(self) -> list[str]:
+        """All inputs, of which there may be one."""
+        return [self.input] if isinstance(self.input, str) else self.input
+
+    def shared(self) -> dict[str, Any]:
+        """Arguments that are the same for every part, with local paths in full."""
+        same = {name: value for name, value in vars(self).items() if name not in OWN}
+        return same | {"input": anywhere(self.input), "tokenizer": anywhere(self.tokenizer)}
+
+    def settings(self, units: list[Unit]) -> dict[str, Any]:
+        """What decides the documents' tokens and split: all parts must agree on it."""
+        return {
+            "units": hashed(unit.name for unit in units),
+            "held_out": self.held_out,
+            "reader": vars(self.reader),
+            "filter": self.filter and vars(self.filter),
+            "interleave": self.interleave and vars(self.interleave),
+        }
+
+
+class Stored(NamedTuple):
+    """What a pipeline reports besides the tokens that it wrote."""
+
+    units: list[Unit]
+    """What was read, by name."""
+    selection: Selection
+    """Which files were taken and left."""
+    round_trip: float = 1.0
+    """Share of the first texts that come back exactly from their ids."""
+    filtered: dict[str, Any] | None = None
+    """Report of the filter; None if there is none."""
+
+
+def run(given: Preparation) -> dict[str, Any]:
+    """Read the input, write the folder and return its manifest."""
+    coder = open_tokenizer(given.tokenizer, given.bos, given.eos, given.add_bos)
+    print(describe_borders(coder, given.chat))
+    template = ChatTemplate(coder, given.chat_template) if given.chat else None
+    faults = Faults(given.tolerated)
+    with manifest.whole_folder(Path(given.output)) as folder:
+        about = described(coder)
+        writers = {
+            s: SplitWriter(folder / s, about, given.chunk_tokens, given.chat) for s in SPLITS
+        }
+        if template:
+            stored = store_conversations(given, template, writers, faults)
+        else:
+            stored = store_documents(given, coder, writers, faults)
+        faults.check()
+        if given.parts == 1 and not writers["train"].ledger.documents:
+            raise ValueError(f"input {given.input} holds no document to train on")
+        write(folder, writers, coder, template)
+        content = described_folder(given, about, writers, faults, stored)
+        manifest.seal(folder, manifest.hash_files(folder), **content)
+    print(report(content))
+    print(f"wrote {given.output}")
+    return content
+
+
+def store_documents(
+    given: Preparation, coder: Tokenizer, writers: dict[str, SplitWriter], faults: Faults
+) -> Stored:
+    """Write documents: read, encoded, held out by name, then filtered and interleaved."""
+    scorer = opened_scorer(given.filter, described(coder)) if given.filter else None
+    selection = Selection()
+    units = given.reader.units(given.inputs, selection)
+    print(selection.report(), end="")
+    excerpts: list[str] = []
+    with Reading(part_of(units, given.part, given.parts)) as reading:
+        documents = chain.from_iterable(unit.read(faults) for unit in reading.units)
+        pairs = encoded(sampled(documents, excerpts), coder, faults)
+        pairs = set_aside(pairs, given.held_out, writers["held_out"])
+        for step in (scorer, given.interleave):
+            pairs = step(pairs) if step else pairs
+        for _, ids in pairs:
+            writers["train"].add(ids)
+    return Stored(units, selection, round_trip(coder, excerpts), scorer and scorer.report)
+
+
+def opened_scorer(settings: DependencyFilter, about: dict[str, Any]) -> DependencyScorer:
+    """Return the filter's scorer; ValueError if its model has not the data's tokenizer."""
+    opened = open_checkpoint(settings.checkpoint)
+    about = about | {"largest_id": max(about["bos"], about["eos"])}  # others when they are scored
+    check_tokenizer(about, opened.config.vocab_size, opened.tokenizer)
+    return DependencyScorer(settings)
+
+
+def store_conversations(
+    given: Preparation, template: ChatTemplate, writers: dict[str, SplitWriter], faults: Faults
+) -> Stored:
+    """Write conversations; questions on one document are all held out, or none."""
+    selection = Selection()
+    units = conversation_units(given.inputs, given.reader, selection)
+    print(selection.report(), end="")
+    with Reading(units) as reading:
+        for unit in reading.units:
+            for found, tokens in rendered(unit.read(faults), template, faults):
+                split = SPLITS[share_of(set_apart_by(found)) < given.held_out]
+                writers[split].add_conversation(tokens)
+    return Stored(units, selection)
+
+
+def write(
+    folder: Path,
+    writers: dict[str, SplitWriter],
+    coder: Tokenizer,
+    template: ChatTemplate | None,
+) -> None:
+    """Finish the splits that hold documents and add the tokenizer, with its chat template."""
+    for writer in writers.values():
+        if writer.ledger.documents:
+            writer.finish()
+    (folder / "tokenizer").mkdir()
+    coder.save(folder / "tokenizer")
+    if template:
+        (folder / "tokenizer" / CHAT_TEMPLATE).write_text(template.source)
+        ends = json.dumps({"eos_token_id": [template.end_of_turn]})
+        (folder / "tokenizer" / GENERATION).write_text(ends + "\n")
+
+
+def described_folder(
+    given: Preparation,
+    about: dict[str, Any],
+    writers: dict[str, SplitWriter],
+    faults: Faults,
+    stored: Stored,
+) -> dict[str, Any]:
+    """Return the folder's manifest, but for its files."""
+    return {
+        "format": 1,
+        "source": given.source or Path(given.output).name,
+        "block": BLOCK,
+        "chunk_tokens": given.chunk_tokens,
+        "tokenizer": about,
+        "round_trip": stored.round_trip,
+        "part": [given.part, given.parts],
+        "settings": given.settings(stored.units),
+        "splits": {split: writer.describe() for split, writer in writers.items()},
+        "inputs": stored.selection.described(),
+        "broken": faults.described(),
+        "notes": faults.notes,
+        "filter": stored.filtered,
+        "chat": given.chat,
+    }
+
+
+def anywhere(names: Any) -> Any:
+    """Return local paths in full, since parts may be prepared in another working folder."""
+    if isinstance(names, list):
+        return [anywhere(name) for name in names]
+    kind, mark, path = names.rpartition(":") if names.startswith("code:") else ("", "", names)
+    plain = "://" in names or (not mark and names in ("stdlib", "bytes")) or hub.is_name(names)
+    return names if plain else f"{kind}{mark}{os.path.abspath(path)}"
+
+
+def hashed(names: Iterable[str]) -> str:
+    """Hash of a list of names."""
+    return hashlib.sha256("\n".join(names).encode(errors="surrogatepass")).hexdigest()
+
+
+def set_aside(
+    pairs: Iterable[tuple[Document, Ids]], share: float, writer: SplitWriter
+) -> Iterator[tuple[Document, Ids]]:
+    """Write held-out documents, chosen by name, before any step sees them; yield the others."""
+    for document, ids in pairs:
+        if share_of(document.id) < share:
+            writer.add(ids)
+        else:
+            yield document, ids
+
+
+def sampled(documents: Iterable[Document], excerpts: list[str]) -> Iterator[Document]:
+    """Keep how the first documents begin, to try whether ids decode to their text."""
+    for document in documents:
+        if len(excerpts) < SAMPLE:
+            excerpts.append(document.text[:EXCERPT])
+        yield document
+
+
+def share_of(name: str) -> float:
+    """Number in [0, 1) that depends on the name alone."""
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def report(content: dict[str, Any]) -> str:
+    """Token ledger and document lengths as a table."""
+    lines = [f"source {content['source']}: token ledger"]
+    both = "BOS and EOS" if content["tokenizer"].get("add_bos", True) else "EOS"
+    for split, ledger in content["splits"].items():
+        lines.append(
+            f"  {split:9} {ledger['tokens']:>13,} = {ledger['text_tokens']:,} text"
+            f" + {ledger['boundary_tokens']:,} {both} + {ledger['padding']:,} padding"
+            f" in {ledger['documents']:,} documents, {ledger['chunks']} chunks"
+        )
+        if content["chat"]:
+            lines.append(f"  {'':9} {ledger['answer_tokens']:>13,} of them answers")
+    train = content["splits"]["train"]["lengths"]
+    total = sum(tokens for *_, tokens in train)
+    lines.append("  document length    documents         tokens   share")
+    for edge, documents, tokens in train:
+        lines.append(f"  ≥ {edge:>9,} tokens {documents:>10,} {tokens:>14,} {tokens / total:>7.1%}")
+    if (found := content["filter"]) and found["quantiles"]:
+        lines.append(
+            f"  filter kept {found['kept']:,} documents ({found['kept_tokens']:,} tokens), dropped "
+            f"{found['dropped']:,} ({found['dropped_tokens']:,}); median score "
+            f"{found['quantiles']['0.5']:.3f}"
+        )
+    if content["round_trip"] < 1:
+        share = 1 - content["round_trip"]
+        lines.append(f"  {share:.0%} of the first texts do not come back exactly from their ids")
+    for kind, note in content["notes"].items():
+        lines.append(f"  {note['count']:,} rows: {kind}, first at {note['first']}")
+    for kind, fault in content["broken"].items():
+        lines.append(f"  skipped {fault['count']:,}: {kind}, first at {fault['first']}")
+    return "\n".join(lines)

@@ -1,0 +1,351 @@
+"""Questions and answers about long documents, written by a model that is shown a part of each.
+
+Self-instruct as in Llama 2 Long (Xiong et al. 2023, arXiv:2309.16039, §2.2): of a document a random
+chunk, of the chunk a question with its answer, long or short, and of the same model a verdict on
+the answer. What passes is a row {"document", "question", "answer"} with the whole document, so that
+whoever is asked has to find the chunk. The wording of the prompts is ours.
+"""
+
+import hashlib
+import json
+import random
+import re
+import threading
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, final
+
+from lit_longctx.data.reading.documents import Document, unfit
+from lit_longctx.journal import Journal, Of
+
+ASK = """\
+The passage at the end is an excerpt from a long document. Write one question that it answers, and \
+the answer. Whoever is asked has the whole document before them and does not know which excerpt \
+you saw: name what the question is about, and do not speak of "the passage". Rely on nothing but \
+the passage. {style} Reply with nothing but
+
+<question>the question</question>
+<answer>the answer</answer>
+
+Passage:
+{passage}"""
+TAGS = "question", "answer"
+STYLES = {
+    "long": "Answer in full sentences and with the details that matter.",
+    "short": "Answer as briefly as can be: with a name, a number or a few words.",
+}
+"""How to answer, by name; one or the other, equally often."""
+CRITIQUE = """\
+Below are a passage, a question about it and a proposed answer. Judge by the passage alone whether \
+the question can be understood by itself and the answer is right and complete. Give your reason in \
+a sentence or two, then your verdict as <verdict>yes</verdict> or <verdict>no</verdict>.
+
+Passage:
+{passage}
+
+Question: {question}
+Proposed answer: {answer}"""
+ENOUGH = 20
+"""Questions after which the share of failures is taken seriously."""
+SPENT = ("replies of this run", "replies of earlier runs", "prompt tokens", "new tokens")
+"""What replies cost; the tokens are those of both."""
+AHEAD = 4
+"""Questions in work or done per thread, while an earlier one is waited for."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Row = dict[str, Any]
+
+
+@final
+class Unanswered(Exception):
+    """A question that came to nothing; its text is one of few reasons.
+
+    Args:
+        reason: Counted in the report.
+        detail: What else is known; of the first of each kind it is shown.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
+
+
+class Reply(NamedTuple):
+    """What a model says."""
+
+    text: str
+    prompt_tokens: int = 0
+    """Tokens it read; 0 if it does not tell."""
+    new_tokens: int = 0
+    """Tokens it wrote."""
+
+
+class Generator(ABC):
+    """A model that replies to a prompt."""
+
+    concurrency: int = 1
+    """Threads that may ask at the same time."""
+    requests: int = 0
+    """Requests made so far, with those that were made again."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Return all that decides a reply but prompt and seed; JSON can say it."""
+
+    @abstractmethod
+    def complete(self, prompt: str, seed: int) -> Reply:
+        """Return the reply to a prompt; `seed` decides what is random.
+
+        Raises:
+            Unanswered: There is none, which says nothing about other prompts.
+            ValueError: There will be none for any prompt.
+        """
+
+
+class Passage(NamedTuple):
+    """Part of a document that a question is asked about."""
+
+    document: Document
+    number: int
+    """Which of the document's questions it is for."""
+    span: tuple[int, int]
+    """First character, and the first behind it."""
+    style: str
+    """Name of how to answer."""
+
+    @property
+    def name(self) -> str:
+        """Name of the row."""
+        return f"{self.document.id}#{self.number}"
+
+    @property
+    def text(self) -> str:
+        """The characters."""
+        return self.document.text[slice(*self.span)]
+
+
+def draw(document: Document, number: int, chunk: int, seed: int) -> Passage:
+    """Choose a chunk of so many characters and a style: a function of seed, document and number."""
+    seeded = random.Random(json.dumps([seed, document.id, number]))
+    begin = seeded.randrange(max(1, len(document.text) - chunk + 1))
+    span = begin, min(begin + chunk, len(document.text))
+    return Passage(document, number, span, seeded.choice(list(STYLES)))
+
+
+# ---- replies
+
+
+@final
+class Replies:
+    """Replies that are kept as they come: after a kill only what was in flight is asked again."""
+
+    def __init__(self, path: Path) -> None:
+        self.journal = Journal(path)
+        self.lock = threading.Lock()
+        self.spent = Counter(dict.fromkeys(SPENT, 0))
+
+    def __enter__(self) -> "Replies":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.journal.file.close()
+
+    def recall(self, of: Of, ask: Callable[[], Reply]) -> Reply:
+        """Return the reply to what `of` describes; asks if there is none yet."""
+        known = of in self.journal
+        reply = Reply(*self.journal[of]) if known else ask()
+        with self.lock:
+            if not known and reply.text.strip():  # an empty one is asked again
+                self.journal.add(of, reply)
+            self.spent.update(dict(zip(SPENT, (not known, known, *reply[1:]), strict=True)))
+        return reply
+
+
+# ---- questions
+
+
+@final
+class Interview:
+    """Asks a model for questions and answers, and whether they are good.
+
+    Args:
+        generator: The model.
+        replies: What it said before, and where to keep what it says.
+        seed: Stands in every request and in the rows; `draw` wants the same.
+    """
+
+    def __init__(self, generator: Generator, replies: Replies, seed: int) -> None:
+        self.generator = generator
+        self.identity = generator.identity()
+        self.replies = replies
+        self.seed = seed
+
+    def row(self, passage: Passage) -> Row | None:
+        """Return a row about a passage; None if the model thinks better of its answer.
+
+        Raises:
+            Unanswered: A request failed, or its reply cannot be read.
+        """
+        asked = ASK.format(style=STYLES[passage.style], passage=passage.text)
+        question, answer = question_and_answer(self._ask(passage, "question", asked))
+        critique = self._ask(
+            passage,
+            "critique",
+            CRITIQUE.format(passage=passage.text, question=question, answer=answer),
+        )
+        if not verdict(critique):
+            return None
+        return {
+            "id": passage.name,
+            "document": passage.document.text,
+            "question": question,
+            "answer": answer,
+            "chunk": passage.span,
+            "style": passage.style,
+            "critique": critique,
+            "model": self.identity,
+            "seed": self.seed,
+            "prompts": {"question": ASK, "style": STYLES[passage.style], "critique": CRITIQUE},
+        }
+
+    def _ask(self, passage: Passage, stage: str, prompt: str) -> str:
+        of = {
+            "document": passage.document.id,
+            "number": passage.number,
+            "chunk": passage.span,
+            "stage": stage,
+            "style": passage.style,
+            "prompt": _digest(prompt),
+            "model": self.identity,
+            "seed": self.seed,
+        }
+        seed = int(_digest(json.dumps(of, sort_keys=True))[:8], 16) // 2  # servers take 31 bits
+        reply = self.replies.recall(of, lambda: self.generator.complete(prompt, seed)).text
+        if not reply.strip():
+            raise Unanswered("empty reply")
+        return reply
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def question_and_answer(reply: str) -> tuple[str, str]:
+    """Read a reply to `ASK`; what was cut short has no closing tag and is not taken."""
+    found = {tag: re.findall(f"<{tag}>(.*?)</{tag}>", reply, re.DOTALL) for tag in TAGS}
+    if any(len(texts) != 1 for texts in found.values()):
+        raise Unanswered("no question and answer in the reply", reply)
+    question, answer = (found[tag][0].strip() for tag in TAGS)
+    if not question or not answer:
+        raise Unanswered("empty question or answer", reply)
+    if broken := unfit(question) or unfit(answer):
+        raise Unanswered(broken.kind, reply)
+    return question, answer
+
+
+def verdict(reply: str) -> bool:
+    """Read a reply to `CRITIQUE`; of several verdicts the last counts."""
+    found = re.findall(r"<verdict>\s*(yes|no)\s*</verdict>", reply, re.IGNORECASE)
+    if not found:
+        raise Unanswered("no verdict in the critique", reply)
+    return found[-1].lower() == "yes"
+
+
+@contextmanager
+def in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], threads: int
+) -> Iterator[Iterator[tuple[Item, Future[Result]]]]:
+    """Do work in threads; yield items with what came of each, in order and a few at a time.
+
+    Who leaves early waits for the work that has begun; none is begun anymore. None is begun either
+    once some has failed by anything but `Unanswered`, which says that other work will fail too.
+    """
+    hopeless = threading.Event()
+
+    def unless_hopeless(item: Item) -> Result:
+        if hopeless.is_set():
+            raise CancelledError  # nobody sees it: what failed stands before it
+        try:
+            return work(item)
+        except Unanswered:
+            raise
+        except BaseException:
+            hopeless.set()
+            raise
+
+    def results() -> Iterator[tuple[Item, Future[Result]]]:
+        waiting: deque[tuple[Item, Future[Result]]] = deque()
+        for item in items:
+            waiting.append((item, pool.submit(unless_hopeless, item)))
+            if len(waiting) >= AHEAD * threads:
+                yield waiting.popleft()
+        yield from waiting
+
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield results()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---- report
+
+
+@dataclass
+class Tally:
+    """What became of documents and questions."""
+
+    tolerated: float = 0.1
+    """Largest share of questions that may fail; above it the run stops."""
+    documents: int = 0
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Documents that nothing was asked about, by the reason."""
+    kept: int = 0
+    filtered: int = 0
+    """Questions whose answer the model took back."""
+    failed: Counter[str] = field(default_factory=Counter)
+    """Questions that came to nothing, by the reason."""
+    first: dict[str, str] = field(default_factory=dict)
+    """The first question of each reason, and what else is known of it."""
+    costs: dict[str, int] = field(default_factory=dict)
+    """Replies, requests and tokens."""
+
+    def fail(self, name: str, reason: Unanswered) -> None:
+        """Count a failure; ValueError if it is one too many."""
+        shown = f"{name}: {reason.detail}" if reason.detail else name
+        self.failed[str(reason)] += 1
+        self.first.setdefault(str(reason), ascii(shown[:200])[1:-1])
+        if self.kept + self.filtered + self.failed.total() >= ENOUGH:
+            self.check()
+
+    def check(self) -> None:
+        """Raise ValueError if more than the tolerated share has failed."""
+        failed = self.failed.total()
+        asked = self.kept + self.filtered + failed
+        if failed > self.tolerated * asked:
+            reason, count = self.failed.most_common(1)[0]
+            raise ValueError(
+                f"{failed} of {asked} questions failed (tolerated: {self.tolerated:.1%}), most "
+                f"often by {reason} ({count}, first {self.first[reason]}); replies are kept: mend "
+                "it and start again, or raise --task.tolerated"
+            )
+
+    def report(self) -> str:
+        """Return the counts as lines of text."""
+        lines = [
+            f"{self.documents:,} documents: {self.kept:,} rows kept, {self.filtered:,} filtered by "
+            f"critique, {self.failed.total():,} failed"
+        ]
+        for reason, count in self.passed_over.items():
+            lines.append(f"  passed over {count:,}: {reason}")
+        for reason, count in self.failed.items():
+            lines.append(f"  failed {count:,}: {reason}, first {self.first[reason]}")
+        if self.costs:
+            lines.append("  " + ", ".join(f"{n:,} {name}" for name, n in self.costs.items()))
+        return "\n".join(lines)

@@ -1,0 +1,266 @@
+"""Numbered samples → whole optimizer steps, elastic and resumable: what data modules share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lit_longctx.batch import Batch, Step
+from lit_longctx.data.sampling.interface import DataDescription, TrainingData
+from lit_longctx.data.sampling.lanes import Lanes
+from lit_longctx.data.sampling.order import Order
+from lit_longctx.data.sampling.places import Places
+from lit_longctx.data.sampling.stages import Course, Stage
+
+Rows = list[tuple[int, int, int]]
+"""(source, window, sample) of each row; window −1 is padding, without targets."""
+
+
+class StepData(TrainingData, ABC):
+    """Samples by number: a subclass says which windows there are, and how rows become a batch.
+
+    The n-th sample is a function of n alone, so that a resume is exact on any number of processes,
+    workers and micro-batches; one counter is the whole state.
+    """
+
+    sources: Mapping[str, Any]
+    """By name; what a source is, the subclass knows."""
+    course: Course
+    tokenizer: dict[str, Any]
+    """What the windows were made with, as `described`."""
+    tokenizer_folder: Path | None
+    window: int
+    """Tokens of the longest row."""
+    num_workers: int
+    held_out_windows: int
+    places: Places | None
+    lanes: bool = False
+    staged: bool = False
+    sorted: bool = False
+
+    def description(self) -> DataDescription:
+        """Return what training must know."""
+        return DataDescription(
+            sources=tuple(self.sources),
+            window=self.window,
+            course=self.course,
+            staged=self.staged,
+            lanes=self.lanes,
+            context=self.places.context if self.places else None,
+            tokenizer=self.tokenizer,
+            tokenizer_folder=self.tokenizer_folder,
+        )
+
+    @abstractmethod
+    def readers(self, stage: Stage) -> Mapping[str, Any]:
+        """Return what serves a stage's windows, by source: it has a length, and items."""
+
+    @abstractmethod
+    def held_out(self, stage: Stage) -> Mapping[str, Any]:
+        """Return what serves held-out windows of a stage's sources."""
+
+    @abstractmethod
+    def order(
+        self, readers: Mapping[str, Any], stage: Stage, read: Mapping[str, int] | None = None
+    ) -> Order | Lanes:
+        """Return a stage's order of samples; `read` tokens of each source count as drawn."""
+
+    @abstractmethod
+    def batch(self, readers: Mapping[int, Any], rows: Rows, training: bool) -> Batch:
+        """Read rows, given the readers by number of their source."""
+
+    @property
+    def longest(self) -> Stage:
+        """The stage of the longest window: the held-out splits of its sources are validated on."""
+        return max(self.course.stages, key=lambda stage: stage.window)
+
+    def train_dataloader(self) -> DataLoader:
+        """Whole steps of this rank, from the sample the model has come to."""
+        trainer = self.trainer
+        assert trainer is not None
+        rank, ranks = data_rank(trainer)
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError(
+                "set Trainer(use_distributed_sampler=False): the order of samples is ours"
+            )
+        for stage in self.course.stages:
+            if stage.rows % ranks:
+                raise ValueError(
+                    f"{stage.rows} windows per step do not divide among {ranks} processes"
+                )
+        if trainer.max_steps < 1:
+            raise ValueError(
+                "set trainer.max_steps: the run's length is counted in optimizer steps"
+            )
+        if self.staged and trainer.max_steps != self.course.steps[-1]:
+            raise ValueError(
+                f"the stages have {self.course.steps[-1]} steps; got trainer.max_steps "
+                f"{trainer.max_steps}, set it to their sum"
+            )
+        consumed = self.samples_consumed
+        shift = consumed - self.course.first_sample(trainer.global_step)
+        if self.staged and shift:
+            raise ValueError(
+                f"at step {trainer.global_step} the stages have read {consumed - shift} samples, "
+                f"the run had read {consumed}; go on with the stages it began with"
+            )
+        if self.sorted and shift:
+            raise ValueError(
+                f"sorted steps depend on batch_tokens: {trainer.global_step} of them have read "
+                f"{consumed - shift} samples, the run had read {consumed}; go on with its own"
+            )
+        steps = Steps(self, rank, ranks, shift)
+        if trainer.global_rank == 0:
+            for line in steps.reports():
+                print(line)
+        return self._loader(steps, Upward(trainer.global_step, trainer.max_steps))
+
+    def val_dataloader(self) -> DataLoader:
+        """Held-out windows of this rank."""
+        trainer = self.trainer
+        assert trainer is not None
+        rows = HeldOut(self, *data_rank(trainer))
+        return self._loader(rows, Upward(0, len(rows)))
+
+    test_dataloader = val_dataloader
+
+    def _loader(self, dataset: Dataset, sampler: Sampler) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def data_rank(trainer: Any) -> tuple[int, int]:
+    """Return the number of this process among those that read rows of their own, and theirs."""
+    if not isinstance(trainer.strategy, ParallelStrategy):
+        return trainer.global_rank, trainer.world_size
+    place = trainer.strategy.distributed_sampler_kwargs
+    return place["rank"], place["num_replicas"]
+
+
+def check_shares(sources: Mapping[str, Any]) -> None:
+    """Raise ValueError unless there is a source, and all or none of them have a weight."""
+    given = [source.weight is not None for source in sources.values()]
+    if not given or any(given) != all(given):
+        raise ValueError(
+            "sources need a weight each, or none of them one; and there must be a source"
+        )
+
+
+def given_weights(sources: Mapping[str, Any]) -> dict[str, float] | None:
+    """Return the sources' weights by name; None if they have none."""
+    return {n: s.weight for n, s in sources.items() if s.weight is not None} or None
+
+
+def common_tokenizer(opened: Iterable[Any]) -> dict[str, Any]:
+    """Return the tokenizer of windows that have the same, with the largest id that any uses."""
+    told = [windows.tokenizer for windows in opened]
+    if not all("largest_id" in each for each in told):
+        return {name: value for name, value in told[0].items() if name != "largest_id"}
+    return {**told[0], "largest_id": max(each["largest_id"] for each in told)}
+
+
+class Upward(Sampler[int]):
+    """Counts from `start` to `end`, but has the length of the whole run.
+
+    Lightning compares its step counter, restored on resume, with the loader's length; and only with
+    a loader that has one does it not read (and then lose) a batch ahead.
+    """
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start, self.end = start, end
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.end))
+
+    def __len__(self) -> int:
+        return self.end
+
+
+class Steps(Dataset):
+    """Optimizer step → this rank's micro-batches.
+
+    A later stage goes on in each source's epoch where the one before it stopped, to within the
+    group of chunks that was being read.
+    """
+
+    def __init__(self, data: StepData, rank: int, ranks: int, shift: int = 0) -> None:
+        self.data, self.course = data, data.course
+        self.rank, self.ranks, self.shift = rank, ranks, shift
+        self.readers: list[dict[int, Any]] = []  # by stage, then by number of the source
+        self.names = list(data.sources)
+        self.orders: list[Order | Lanes] = []
+        read = dict.fromkeys(data.sources, 0)
+        for stage in data.course.stages:
+            readers = data.readers(stage)
+            order = data.order(readers, stage, read)
+            self.readers.append({self.names.index(name): r for name, r in readers.items()})
+            self.orders.append(order)
+            if isinstance(order, Order) and data.staged:
+                drawn = order.drawn(stage.steps * stage.rows)
+                for name, begun, windows in zip(readers, order.begun, drawn, strict=True):
+                    read[name] = (begun + windows) * stage.window
+
+    def reports(self) -> list[str]:
+        """Return what best-fit packing does to each source."""
+        return [
+            f"{self.names[source]}, window {reader.length}: {reader.report()}"
+            for readers in self.readers
+            for source, reader in readers.items()
+            if hasattr(reader, "report")
+        ]
+
+    def __getitem__(self, step: int) -> Step:
+        """Read one step."""
+        number = self.course.at(step)
+        stage, order = self.course.stages[number], self.orders[number]
+        readers, sources = self.readers[number], list(self.readers[number])
+        begin = self.course.first_sample(step) + self.shift
+        share = stage.rows // self.ranks
+        rows = []
+        for sample in range(begin + self.rank * share, begin + (self.rank + 1) * share):
+            source, window = order(sample - self.course.samples[number])
+            rows.append((sources[source], window, sample))
+        size = stage.micro_batch_size
+        parts = [
+            self.data.batch(readers, rows[i : i + size], training=True)
+            for i in range(0, share, size)
+        ]
+        restart = isinstance(order, Lanes) and order.restarts(begin)
+        after = begin + stage.rows
+        return Step(parts, after, self.course.tokens(after, step), restart)
+
+
+class HeldOut(Dataset):
+    """Held-out micro-batches of one rank; ranks that run out get padding: all stay in step."""
+
+    def __init__(self, data: StepData, rank: int, ranks: int) -> None:
+        self.data = data
+        numbers = {name: number for number, name in enumerate(data.sources)}
+        opened = data.held_out(data.longest)
+        self.windows = {numbers[name]: windows for name, windows in opened.items()}
+        chosen = []
+        for source, windows in self.windows.items():
+            number = min(len(windows), data.held_out_windows)
+            places = np.linspace(0, len(windows) - 1, number).round().astype(int) if number else []
+            chosen += [(source, int(window), i) for i, window in enumerate(places)]
+        size = data.longest.micro_batch_size
+        padding = next(iter(self.windows))
+        chosen += [(padding, -1, -1)] * (-len(chosen) % (size * ranks))
+        self.rows = [chosen[i : i + size] for i in range(rank * size, len(chosen), size * ranks)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Read one micro-batch."""
+        return self.data.batch(self.windows, self.rows[index], training=False)

@@ -1,0 +1,1 @@
+"""Text and chats to token ids: tokenizers, special tokens, chat templates."""

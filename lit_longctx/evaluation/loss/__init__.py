@@ -1,0 +1,1 @@
+"""Loss by position, length and source; sliding-window perplexity."""

@@ -1,0 +1,174 @@
+"""Held-out loss by position, source and document length, and how it falls with context."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from lit_longctx import plots
+from lit_longctx.batch import pack
+from lit_longctx.data.store.windows import Windows
+from lit_longctx.evaluation.loss.metrics import LossByPosition
+from lit_longctx.evaluation.measure import Comparison, Measure, Section, Unit, signed
+from lit_longctx.evaluation.statistics.intervals import Interval, Sums, paired_differences
+from lit_longctx.evaluation.statistics.scaling import Extrapolation, extrapolate
+from lit_longctx.manifest import short_hash
+from lit_longctx.model import Llama
+
+SOURCE, LENGTH, POSITION = 1, 2, 3
+"""Axes of the sums, after that of the windows."""
+
+
+class HeldOutLoss(Measure):
+    """Nats per token in evenly spread held-out windows; one window is one unit.
+
+    Args:
+        sources: Held-out splits by name, of one window length.
+        windows: Windows of each.
+    """
+
+    def __init__(self, sources: dict[str, Windows], windows: int) -> None:
+        self.sources = sources
+        self.windows = windows
+        self.metric = LossByPosition(list(sources), next(iter(sources.values())).length)
+
+    def units(self) -> list[Unit]:
+        """Return a unit for each window."""
+        return [
+            {
+                "source": name,
+                "data": short_hash(source.manifest),
+                "window": source.length,
+                "at": int(at),
+            }
+            for name, source in self.sources.items()
+            for at in np.linspace(0, len(source) - 1, min(self.windows, len(source))).round()
+        ]
+
+    @torch.inference_mode()
+    def measure(self, llama: Llama, unit: Unit) -> list[list[float]]:
+        """Return [length bucket, position bucket, Σ nats, targets] wherever there are targets."""
+        source = self.sources[unit["source"]]
+        tokens, starts = (
+            torch.from_numpy(each)[None].to(llama.head_weight.device)
+            for each in source.with_starts(unit["at"])
+        )
+        batch = pack(tokens, source.manifest["tokenizer"]["bos"], starts)
+        self.metric.to(tokens.device).reset()
+        self.metric.update(llama(batch), batch)
+        nats, targets = (found[0] for found in self.metric.compute())
+        return [
+            [i, j, float(nats[i, j]), int(targets[i, j])] for i, j in targets.nonzero().tolist()
+        ]
+
+    def report(self, values: dict[str, list[Any]], trained: int) -> Section:
+        """Return losses by position, source and length, gains, and the law L(c)."""
+        edges, sources = self.metric.edges, list(self.sources)
+        sums = {name: self._sums(windows) for name, windows in values.items()}
+        position, length, source = (
+            Comparison({n: each.over(*axes) for n, each in sums.items()}, "window", "--windows")
+            for axes in ((SOURCE, LENGTH), (SOURCE, POSITION), (LENGTH, POSITION))
+        )
+        gain = gains(
+            {name: each.over(SOURCE, LENGTH) for name, each in sums.items()}, edges, trained
+        )
+        by_source = {name: each.over(LENGTH).means().tolist() for name, each in sums.items()}
+        laws = {name: found for name, each in sums.items() if (found := law(each, edges))}
+        results = {
+            "window": edges[-1],
+            "edges": edges,
+            "targets": position.number,
+            "loss": position.means,
+            "difference": position.differences,
+            "overall": {n: float(s.over(1, 2, 3).means()) for n, s in sums.items()},
+            "gain": gain,
+            "loss_by_source": {n: dict(zip(sources, s, strict=True)) for n, s in by_source.items()},
+            "loss_by_length": {n: s.over(SOURCE).means().tolist() for n, s in sums.items()},
+            "scaling": {name: found.results() for name, found in laws.items()},
+        }
+        names = [f"{low:,}–{high:,}" for low, high in pairwise(edges)]
+        lengths = [*names, f"{edges[-1]:,}"]
+        tables = {
+            "loss_by_position": position.table("tokens before", "targets", names)
+            + told(gain, trained),
+            "loss_by_length": length.table("document's tokens in the window", "targets", lengths),
+        }
+        if len(sources) > 1:
+            tables["loss_by_source"] = source.table("source", "targets", sources)
+        figures = {"loss_by_position": plots.loss_by_position(edges, position.means, trained)}
+        if laws:
+            tables["scaling"] = law_table(laws)
+            figures["scaling"] = plots.scaling(
+                {name: (found.context, found.losses) for name, found in laws.items()},
+                {name: found.band() for name, found in laws.items()},
+            )
+        return Section(results, tables, figures)
+
+    def _sums(self, windows: Sequence[list[list[float]]]) -> Sums:
+        """Lay out the values of all windows: [window, source, length, position]."""
+        shape = (len(windows), *self.metric.nats.shape)
+        nats, targets = np.zeros(shape), np.zeros(shape)
+        names = list(self.sources)
+        for number, (unit, cells) in enumerate(zip(self.units(), windows, strict=True)):
+            for i, j, total, count in cells:
+                at = (number, names.index(unit["source"]), int(i), int(j))
+                nats[at], targets[at] = total, count
+        return Sums(nats, targets)
+
+
+def gains(
+    by_position: dict[str, Sums], edges: Sequence[int], trained: int
+) -> dict[str, dict[str, Interval]]:
+    """Mean nats that later checkpoints save inside and beyond `trained` tokens, with intervals."""
+    inside = np.array([high <= trained for high in edges[1:]])
+    which = np.stack([inside, ~inside], axis=1).astype(np.float64)
+    sums = {n: Sums(each.total @ which, each.number @ which) for n, each in by_position.items()}
+    (_, first), *others = sums.items()
+    found = {}
+    for name, other in others:
+        pairs = zip(("inside", "beyond"), paired_differences(other, first), strict=True)
+        found[name] = {part: saved for part, saved in pairs if saved.mean == saved.mean}
+    return found
+
+
+def told(gain: dict[str, dict[str, Interval]], trained: int) -> str:
+    """Return the gains as lines below a table."""
+    lines = []
+    for name, parts in gain.items():
+        each = (f"{part} {signed(saved)} nats" for part, saved in parts.items())
+        lines.append(f"\n\ngain of {name} over {trained:,} trained tokens: {', '.join(each)}")
+    return "".join(lines)
+
+
+def law(sums: Sums, edges: Sequence[int]) -> Extrapolation | None:
+    """Fit L(c) to documents that fill a window, the same ones at every c; None if there are few.
+
+    c is the geometric middle of a bucket. The first bucket is left out: its tokens have from none
+    to 127 before them.
+    """
+    contexts = [(low * high) ** 0.5 for low, high in pairwise(edges[1:])]
+    whole = sums.over(SOURCE)
+    nats, targets = (found[:, -1, 1:] for found in whole)
+    filled = targets.all(1)
+    if len(contexts) < 4 or filled.sum() < 2:
+        return None
+    return extrapolate(contexts, nats[filled] / targets[filled])
+
+
+def law_table(laws: dict[str, Extrapolation]) -> str:
+    """Return the laws' parameters with 95 % intervals, and what they say of the longest context."""
+    lines = [
+        "| L(c) = (α/c)^β + γ | α | β | γ | longest c, left out of the fit: law | measured |",
+        "|---" * 6 + "|",
+    ]
+    for name, found in laws.items():
+        parameters = zip(*found.fitted[:3], strict=True)
+        cells = [f"{value:.3g} [{low:.3g}, {high:.3g}]" for value, low, high in parameters]
+        predicted = "{:.4f} [{:.4f}, {:.4f}]".format(*found.predicted)
+        lines.append(f"| {name} | {' | '.join(cells)} | {predicted} | {found.losses[-1]:.4f} |")
+    unsure = [name for name, found in laws.items() if not found.fitted.identified]
+    if unsure:
+        lines.append(f"\nno power law can be told from these losses: {', '.join(unsure)}")
+    return "\n".join(lines)

@@ -1,0 +1,300 @@
+"""Llama from scratch (Touvron et al. 2023, arXiv:2307.09288), with the position scheme left open.
+
+Modules carry Hugging Face's names, so a safetensors folder loads with no renaming table. Nothing
+here knows of Lightning, data or sharding: those are done to it from outside.
+"""
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lit_longctx.batch import Batch
+from lit_longctx.model.attention import (
+    AttentionBackend,
+    AttnImplementation,
+    Heads,
+    KVHeads,
+    Values,
+    attention_backend,
+)
+from lit_longctx.model.head import token_hits, token_nats, weighted_loss
+from lit_longctx.model.keys import OWN, KeySource, LayerSource, View
+from lit_longctx.model.layers import Layers
+from lit_longctx.position import PositionScheme
+from lit_longctx.position.scheme import THETA, Source
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a Llama; fields are those of Hugging Face's config.json."""
+
+    vocab_size: int
+    """Rows of the embedding."""
+    hidden_size: int
+    """Width of the residual stream."""
+    intermediate_size: int
+    """Width inside the MLP."""
+    num_hidden_layers: int
+    """Number of blocks."""
+    num_attention_heads: int
+    """Query heads per block."""
+    num_key_value_heads: int | None = None
+    """Key and value heads per block (GQA); default: as many as query heads."""
+    head_dim: int | None = None
+    """Features per head; default: hidden_size / num_attention_heads."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square before the root."""
+    tie_word_embeddings: bool = False
+    """Whether the LM head is the embedding."""
+    attention_bias: bool = False
+    """Whether q, k, v and o projections have biases."""
+    max_position_embeddings: int = 2048
+    """Tokens per sequence the model was trained on."""
+    bos_token_id: int | None = 1
+    """Token that begins every document."""
+    eos_token_id: int | None = 2
+    """Token that ends every document."""
+
+    def __post_init__(self) -> None:
+        heads = self.num_attention_heads
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", heads)
+        if self.head_dim is None:
+            if self.hidden_size % heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
+                    f"{heads}; give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // heads)
+        if heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads {heads} is no multiple of num_key_value_heads {self.kv_heads}"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """num_key_value_heads, resolved."""
+        assert self.num_key_value_heads is not None
+        return self.num_key_value_heads
+
+    @property
+    def head_width(self) -> int:
+        """head_dim, resolved."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    def inherited(self) -> dict[str, Any]:
+        """Return what position schemes leave open, where no checkpoint says it."""
+        return {"theta": THETA, "original_context": self.max_position_embeddings}
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; the position scheme maps q and k, the back end does the rest."""
+
+    def __init__(self, config: LlamaConfig, position: PositionScheme, backend: AttentionBackend):
+        super().__init__()
+        width, dim, bias = config.hidden_size, config.head_width, config.attention_bias
+        self.head_dim = dim
+        self.backend = backend
+        self.q_proj = nn.Linear(width, config.num_attention_heads * dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.kv_heads * dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.kv_heads * dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * dim, width, bias=bias)
+        self.position = position.layer(config.num_attention_heads, dim)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch inputs width"],
+        num_queries: int,
+        view: View,
+        source: LayerSource,
+    ) -> Float[Tensor, "batch queries width"]:
+        """Attend within documents; the last `num_queries` of x are queries, all of it keys."""
+        q, k, v = (
+            rearrange(
+                projection(x), "batch seq (heads dim) -> batch seq heads dim", dim=self.head_dim
+            )
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self.position(q, k, view.code)
+        out = source.attend(q[:, -num_queries:], k, v, view.mask, self._kernel)
+        return self.o_proj(rearrange(out, "batch seq heads dim -> batch seq (heads dim)"))
+
+    def _kernel(self, q: Heads, k: KVHeads, v: Values, mask: Any) -> Tensor:
+        """The scale is the content head's, also where the scheme widens q and k."""
+        return self.backend.attend(q, k, v, mask, self.head_dim**-0.5)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seq width"]:
+        """Map each token by itself."""
+        return self.down(self.gate_proj(x), self.up_proj(x))
+
+    def down(
+        self, gate: Float[Tensor, "batch seq inner"], up: Float[Tensor, "batch seq inner"]
+    ) -> Float[Tensor, "batch seq width"]:
+        """Second half of the map; what it keeps for backward can be computed again from both."""
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig, position: PositionScheme, backend: AttentionBackend):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config, position, backend)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq width"],
+        view: View,
+        source: LayerSource,
+    ) -> Float[Tensor, "batch seq width"]:
+        """One layer; `view` is that of its kind."""
+        inputs = self.input_layernorm(source.inputs(x))
+        x = x + self.self_attn(inputs, x.shape[1], view, source)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm, under the names of Hugging Face's `model.` prefix."""
+
+    def __init__(self, config: LlamaConfig, layers: Layers, backend: AttentionBackend):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, layers.position_of(i), backend) for i in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """A Batch in, nats per token out."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        position: PositionScheme | Layers,
+        attn_implementation: AttnImplementation = "sdpa",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = layers_of(position, config)
+        self.backend = attention_backend(attn_implementation)
+        self.model = Decoder(config, self.layers, self.backend)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.start: Any = None
+        """Checkpoint that the weights are from; an export takes over what else belongs to it."""
+
+    @property
+    def position(self) -> PositionScheme:
+        """The position scheme of all layers; ValueError where they have several."""
+        return self.layers.position
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab width"]:
+        """Weight of the LM head: its own, or the embedding's where they are tied."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    def hidden(self, batch: Batch, source: KeySource = OWN) -> Float[Tensor, "batch seq width"]:
+        """Final hidden states, after the last norm; `source` says where keys and values are."""
+        views = source.views(batch, self.layers.kinds, self.backend, self.config.head_width)
+        x = self.model.embed_tokens(batch.input_ids)
+        for i, block in enumerate(self.model.layers):
+            x = block(x, views[self.layers.kind_of[i]], source.layer(i))
+        source.advance(batch)
+        return self.model.norm(x)
+
+    def forward(self, batch: Batch, source: KeySource = OWN) -> Float[Tensor, "batch seq"]:
+        """Nats of each target, float32, 0 where there is none; backward recomputes the head."""
+        hidden = self.hidden(batch, source).flatten(0, 1)
+        return token_nats(hidden, self.head_weight, batch.labels.flatten()).view(batch.labels.shape)
+
+    def loss(
+        self, batch: Batch, source: KeySource = OWN
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch seq"]]:
+        """(Σ loss_weights·nats with gradient, nats detached): the cheaper door, for training."""
+        hidden = self.hidden(batch, source).flatten(0, 1)
+        labels, weights = batch.labels.flatten(), batch.loss_weights.flatten()
+        loss, nats = weighted_loss(hidden, self.head_weight, labels, weights)
+        return loss, nats.view(batch.labels.shape)
+
+    def hits(
+        self, batch: Batch, source: KeySource = OWN
+    ) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+        """(nats, whether each target is the likeliest token), without gradient."""
+        hidden, labels = self.hidden(batch, source).flatten(0, 1), batch.labels
+        nats, hits = token_hits(hidden, self.head_weight, labels.flatten())
+        return nats.view(labels.shape), hits.view(labels.shape)
+
+    def logits(
+        self, batch: Batch, cache: KeySource | None = None, last: int | None = None
+    ) -> Float[Tensor, "batch tokens vocab"]:
+        """Logits of the `last` tokens of each row (default: all), to decode and compare.
+
+        With a cache, `batch` holds the new tokens only.
+        """
+        hidden = self.hidden(batch, cache or OWN)
+        return hidden[:, -(last or 0) :] @ self.head_weight.T
+
+
+def layers_of(
+    position: PositionScheme | Layers, config: LlamaConfig, source: Source | None = None
+) -> Layers:
+    """Return a model's layers, resolved; ValueError if not as many as its config says.
+
+    Args:
+        position: One scheme for all layers, or the layers; fields may be open.
+        config: The model's shape.
+        source: What says the values that are open; default: the config.
+    """
+    if isinstance(position, PositionScheme):
+        position = Layers.alike(position, config.num_hidden_layers)
+    if len(position.kind_of) != config.num_hidden_layers:
+        raise ValueError(
+            f"kind_of names {len(position.kind_of)} layers; the config has "
+            f"{config.num_hidden_layers}"
+        )
+    for kind in position.kinds:
+        kind.position.check(config.head_width)
+    return position.resolved(source or config)
+
+
+def chosen_device(name: str) -> str:
+    """Return a device's name; `auto` is CUDA where there is one, else the CPU."""
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def initial_weight(name: str, shape: torch.Size, num_layers: int, seed: int) -> Tensor:
+    """Random weights of one parameter: a function of seed and name, the same on every layout.
+
+    Normal with standard deviation 0.02, projections into the residual stream divided by √(2·layers)
+    (Radford et al. 2019, §2.3); norms 1, biases 0.
+    """
+    if "norm" in name:
+        return torch.ones(shape)
+    if "bias" in name:
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+    std = 0.02 / (2 * num_layers) ** 0.5 if into_residual else 0.02
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
