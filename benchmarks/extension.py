@@ -34,7 +34,7 @@ from lit_longctx.cli import main as lit_longctx
 from lit_longctx.data.making.synthetic import HEAD, KeyValues, text
 from lit_longctx.data.tokens.tokenizer import open_tokenizer
 from lit_longctx.evaluation.retrieval.key_values import KeyValues as Probe
-from lit_longctx.evaluation.retrieval.probes import forced, generated
+from lit_longctx.evaluation.retrieval.probes import generated, teacher_forced
 from lit_longctx.evaluation.retrieval.prompts import Haystack
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import PositionInterpolation, PositionScheme, RoPE, YaRN
@@ -174,12 +174,12 @@ def agreement(seeds: int = 9) -> str:
         samples = [task.sample(hay, length, d, s) for d in (0, 33, 67, 100) for s in range(seeds)]
         answers = generated(llama, coder, task, samples)
         scores = (task.score(one, answer) for one, answer in zip(samples, answers, strict=True))
-        pairs += zip((each.exact for each in forced(llama, samples)), scores, strict=True)
+        pairs += zip((each.exact for each in teacher_forced(llama, samples)), scores, strict=True)
     same = sum(exact == bool(score) for exact, score in pairs)
     right = sum(exact for exact, _ in pairs)
     return (
         f"Teacher forcing and generated exact match agree on {same} of {len(pairs)} prompts of 128 "
-        f"to 1,024 tokens; forced is right on {right} and wrong on {len(pairs) - right}."
+        f"to 1,024 tokens; teacher_forced is right on {right} and wrong on {len(pairs) - right}."
     )
 
 

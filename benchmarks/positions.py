@@ -28,8 +28,8 @@ from train_step import peak, reset_peak, resident
 from lit_longctx import position
 from lit_longctx.batch import Batch, one_document, pack
 from lit_longctx.model import Llama, LlamaConfig
-from lit_longctx.model.attention import SDPA
 from lit_longctx.model.layers import Layers
+from lit_longctx.model.sdpa import SDPA
 from lit_longctx.training.parallel import apply_recompute
 
 torch.set_num_threads(2)  # here, so that it holds in the processes that measure memory too

@@ -39,19 +39,19 @@ class Batch(NamedTuple):
     loss_weights: Float[Tensor, "batch seq"]
     """Weight of each target in the training loss; 0 where there is none."""
     position_ids: Num[Tensor, "batch seq"]
-    """Place within the document, from 0; fractional where a transform scales places."""
+    """Position within the document, from 0; fractional where a transform scales positions."""
     sources: Int[Tensor, " batch"]
     """Number of the data source each row came from."""
     samples: Int[Tensor, " batch"]
     """Global sample number of each row: what was seen, and the seed of row-wise transforms."""
     documents: Documents
 
-    def at(self, position_ids: Num[Tensor, "batch seq"]) -> "Batch":
+    def with_position_ids(self, position_ids: Num[Tensor, "batch seq"]) -> "Batch":
         """Return the same batch with its tokens placed elsewhere."""
         return self._replace(position_ids=position_ids)
 
 
-class Step(NamedTuple):
+class StepBatch(NamedTuple):
     """All that one rank does before one optimizer update."""
 
     micro_batches: list[Batch]
@@ -89,7 +89,7 @@ def pad_rows(batch: Batch, multiple: int) -> Batch:
     starts[batch.documents.boundaries[:-1].long()] = True
     starts = torch.nn.functional.pad(starts.view(rows, seq), (0, extra))
     starts[:, seq] = True
-    places = torch.arange(extra, device=starts.device, dtype=batch.position_ids.dtype)
+    positions = torch.arange(extra, device=starts.device, dtype=batch.position_ids.dtype)
 
     def padded(x: Tensor, value: int) -> Tensor:
         return torch.nn.functional.pad(x, (0, extra), value=value)
@@ -98,7 +98,7 @@ def pad_rows(batch: Batch, multiple: int) -> Batch:
         input_ids=padded(batch.input_ids, 0),
         labels=padded(batch.labels, NO_TARGET),
         loss_weights=padded(batch.loss_weights, 0),
-        position_ids=torch.cat([batch.position_ids, places.expand(rows, -1)], dim=1),
+        position_ids=torch.cat([batch.position_ids, positions.expand(rows, -1)], dim=1),
         documents=documents_from_starts(starts),
     )
 
@@ -134,8 +134,8 @@ def pack(
     begins = starts[:, :-1].clone()
     begins[:, 0] = True
 
-    places = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-    position_ids = places - (places * begins).cummax(dim=1).values
+    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
+    position_ids = positions - (positions * begins).cummax(dim=1).values
     zeros = torch.zeros(len(inputs), dtype=torch.long, device=inputs.device)
     return Batch(
         input_ids=inputs,

@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; errors are one line and a nonzero exit code, tracebacks only with --debug."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
-    given = [a for a in given if a != "--debug"]
+    trust = "--trust" in given
+    given = [a for a in given if a not in ("--debug", "--trust")]
     if not given or given[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -35,7 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # of other libraries: what concerns the user is an error here
         warnings.filterwarnings("ignore", module=r"(?!lit_longctx)")
     try:
-        run(given[0], given[1:])
+        if trust:
+            from lit_longctx.checkpoint.trust import trusting
+
+            with trusting():
+                run(given[0], given[1:])
+        else:
+            run(given[0], given[1:])
     except KeyboardInterrupt:
         return complain("interrupted")
     except Exception as error:
@@ -50,7 +57,8 @@ def usage() -> str:
     verbs = "\n".join(f"  {verb:10} {text}" for verb, text in VERBS.items())
     return (
         "usage: lit_longctx VERB [options]\n\nExtend a Llama-type model to long context.\n\n"
-        f"{verbs}\n\nlit_longctx VERB --help lists a verb's options; --debug shows tracebacks."
+        f"{verbs}\n\nlit_longctx VERB --help lists a verb's options; --debug shows tracebacks;\n"
+        "--trust lets a run folder import a position scheme of yours."
     )
 
 
@@ -119,6 +127,15 @@ PLAINER = (
 )
 
 
+RENAMED = {
+    "lanes": "contiguous",
+    "places": "position_transform",
+    "forced": "teacher_forced",
+    "FromNothing": "TemplatedTask",
+}
+"""Options and values of earlier configs."""
+
+
 def one_line(error: BaseException) -> str:
     """Return an error's message on one line; of nested ones only what says what is wrong."""
     message = str(error)
@@ -130,6 +147,9 @@ def one_line(error: BaseException) -> str:
         text = pattern.sub(plain, text)
     if "no class named " in text and (known := class_names(message)):
         text = f"{text}; expected one of {', '.join(known)}"
+    for old, new in RENAMED.items():
+        if re.search(rf"[ .'\"]{old}[ .,'\"]", f" {text} "):
+            text += f"; {old} is now called {new}"
     text = text.strip() or type(error).__name__
     return text if len(text) < 500 else text[:497] + "…"
 

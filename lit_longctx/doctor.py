@@ -5,12 +5,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from lit_longctx.model.attention import attention_backend
+from lit_longctx.model.attention import attention_backend, automatic
 
 PACKAGES = (
     "lit_longctx torch torchvision lightning litdata torchmetrics jsonargparse tokenizers "
     "safetensors transformers flash-attn"
 )
+
+DRIVERS = {12: "525", 13: "580"}
+"""Least driver for a major version of CUDA."""
 
 
 def doctor() -> None:
@@ -25,6 +28,10 @@ def doctor() -> None:
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         print(f"cuda:{i} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    if cuda := torch.version.cuda:
+        driver = DRIVERS.get(int(cuda.split(".")[0]), "of the same CUDA version")
+        print(f"torch is built for CUDA {cuda}: needs an NVIDIA driver {driver} or later")
+    print(f"attn_implementation auto: {automatic()} here (varlen on CUDA from sm_80 on, else sdpa)")
     for name in ("sdpa", "flash_attention_2", "varlen", "flex_attention"):
         try:
             attention_backend(name)

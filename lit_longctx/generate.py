@@ -26,13 +26,13 @@ from lit_longctx.model.cache import Cache
 def reading(ids: Int[Tensor, "batch seq"], past: int = 0) -> Batch:
     """Return a batch to read from: one document per row, no targets, `past` tokens read before."""
     batch, seq = ids.shape
-    places = torch.arange(past, past + seq, device=ids.device).expand(batch, seq)
+    positions = torch.arange(past, past + seq, device=ids.device).expand(batch, seq)
     rows = torch.zeros(batch, dtype=torch.long, device=ids.device)
     return Batch(
         input_ids=ids,
         labels=torch.full_like(ids, NO_TARGET),
         loss_weights=torch.zeros(ids.shape, device=ids.device),
-        position_ids=places,
+        position_ids=positions,
         sources=rows,
         samples=rows,
         documents=one_document(batch, seq, ids.device),
@@ -60,19 +60,19 @@ class Sampling:
         if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
             raise ValueError("top_k and top_p expect a temperature above 0; got 0; set temperature")
 
-    def chances(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
+    def probs(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
         """Probabilities to draw with, for a temperature above 0; float32."""
         logits = logits.float() / self.temperature
         if self.top_k is not None:
             least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < least, float("-inf"))
-        chances = logits.softmax(-1)
+        probs = logits.softmax(-1)
         if self.top_p < 1:
-            likeliest, tokens = chances.sort(descending=True)
+            likeliest, tokens = probs.sort(descending=True)
             before = likeliest.cumsum(-1) - likeliest
             kept = likeliest.masked_fill(before >= self.top_p, 0.0)
-            chances = torch.zeros_like(chances).scatter(-1, tokens, kept)
-        return chances / chances.sum(-1, keepdim=True)
+            probs = torch.zeros_like(probs).scatter(-1, tokens, kept)
+        return probs / probs.sum(-1, keepdim=True)
 
     def choose(
         self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator
@@ -80,7 +80,7 @@ class Sampling:
         """Return one token per row."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        return torch.multinomial(self.chances(logits), 1, generator=generator)[:, 0]
+        return torch.multinomial(self.probs(logits), 1, generator=generator)[:, 0]
 
 
 GREEDY = Sampling()
@@ -97,7 +97,7 @@ def decode(
 ) -> Iterator[Int[Tensor, " batch"]]:
     """Yield the next token of every prompt, until all have met an `eos` or there are enough.
 
-    Shorter prompts are padded in front; nothing sees the padding and places are counted from the
+    Shorter prompts are padded in front; nothing sees the padding and positions are counted from the
     prompt's own beginning, so that each row is what it would be alone (its draws are not: all rows
     share one generator). After an `eos`, a row goes on with it.
 
@@ -161,7 +161,7 @@ def _read(
         batch = reading(part, cache.length)
         if cache.padding:
             before = torch.tensor(cache.padding, device=new.device)[:, None]
-            batch = batch.at((batch.position_ids - before).clamp(min=0))
+            batch = batch.with_position_ids((batch.position_ids - before).clamp(min=0))
         logits = llama.logits(batch, cache, last=1)[:, 0]
     return logits
 
@@ -188,7 +188,7 @@ def generate(
     return torch.cat([prompt, torch.stack(list(found), dim=1)], dim=1)
 
 
-class Pieces:
+class TextStream:
     """Text of ids that come one by one, in pieces that never split a character or a stop string.
 
     Ids are decoded together with a few before them, since the text of a token depends on what
@@ -297,7 +297,7 @@ def stream(
         for prompt in prompts
     ]
     ends = [*ends_of(llama, tokenizer), *ends]
-    rows = [Pieces(tokenizer, ids, stop, ends) for ids in encoded]
+    rows = [TextStream(tokenizer, ids, stop, ends) for ids in encoded]
     given = [torch.tensor(ids, device=llama.head_weight.device) for ids in encoded]
     for tokens in decode(llama, given, max_new_tokens, sampling, ends, seed, prefill_tokens):
         yield [row.add(token) for row, token in zip(rows, tokens.tolist(), strict=True)]
@@ -353,8 +353,8 @@ def generate_text(
     own = tokenizer or start.tokenizer
     if own is None:
         raise ValueError(f"{checkpoint} has no tokenizer; pass --tokenizer")
-    coder = open_tokenizer(str(own), add_bos=add_bos)
-    template = template_of(coder, chat, system, chat_template)
+    opened = open_tokenizer(str(own), add_bos=add_bos)
+    template = template_of(opened, chat, system, chat_template)
     if prompt == "-":
         prompt = sys.stdin.read()
         prompt = prompt.removesuffix("\n") if chat else prompt
@@ -363,7 +363,7 @@ def generate_text(
     llama = start.load(chosen_device(device), getattr(torch, dtype), attn_implementation).eval()
     stops = [stop] if isinstance(stop, str) else stop or []
     pieces = stream(
-        llama, coder, [given], max_new_tokens, sampling, seed, stops, prefill_tokens, ends
+        llama, opened, [given], max_new_tokens, sampling, seed, stops, prefill_tokens, ends
     )
     return printed("" if chat else prompt, (piece for (piece,) in pieces))
 

@@ -12,7 +12,7 @@ import shutil
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 NAME = "manifest.json"
@@ -110,7 +110,16 @@ def read(folder: Path) -> dict[str, Any]:
         raise torn
     if _signed(content).encode() != text:
         raise torn
+    for name in content.get("files", {}):
+        check_inside(folder / NAME, name)
     return content
+
+
+def check_inside(listed: Path | str, name: str) -> None:
+    """Refuse a name in `listed` that leads out of its folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
+        raise ValueError(f"{listed} lists a file outside of itself, {name}; do not trust it")
 
 
 def check_file(folder: Path, name: str, expected: dict[str, Any], hashed: bool = True) -> None:

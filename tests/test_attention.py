@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch.nn.attention import varlen
 
 from lit_longctx.batch import documents_from_starts, one_document
-from lit_longctx.model.attention import SDPA, FlexAttention, attention_backend
+from lit_longctx.model.attention import attention_backend, automatic
+from lit_longctx.model.kernels import FlexAttention
+from lit_longctx.model.sdpa import SDPA
 
 
 def by_hand(q, k, v, query_ids, key_ids, scale, window=10**9):
@@ -26,8 +28,8 @@ def by_hand(q, k, v, query_ids, key_ids, scale, window=10**9):
             for i in range(num_queries):
                 nearest = range(max(0, past + i + 1 - window), past + i + 1)
                 seen = [j for j in nearest if key_ids[b, j] == query_ids[b, i]]
-                chances = (k[b, seen, g] @ q[b, i, h] * scale).softmax(0)
-                out[b, i, h] = chances @ v[b, seen, g]
+                probs = (k[b, seen, g] @ q[b, i, h] * scale).softmax(0)
+                out[b, i, h] = probs @ v[b, seen, g]
     return out
 
 
@@ -126,13 +128,14 @@ def test_a_window_costs_length_times_window_and_one_mask():
     assert len(storages) == 1  # every block's mask is a corner of the same
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "varlen"])
+@pytest.mark.parametrize("name", ["flash_attention_2", "varlen", "older varlen"])
 def test_variable_length_kernels_are_told_of_the_window(name, monkeypatch):
     """A stand-in for both kernels: dense, float64, and by flash-attn's own words for a window."""
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash))
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_stand_in)
+    kernel = older_varlen_stand_in if name == "older varlen" else varlen_stand_in
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    backend = attention_backend(name)
+    backend = attention_backend(name.removeprefix("older "))
     for queries, keys in (
         (packed(2, 60, share=0.05), None),
         (one_document(2, 5), one_document(2, 30)),
@@ -145,9 +148,24 @@ def test_variable_length_kernels_are_told_of_the_window(name, monkeypatch):
             torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
 
 
-def flash(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size, **lengths):
+def flash(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    softmax_scale,
+    causal,
+    window_size,
+    deterministic=False,
+    **lengths,
+):
     """As flash-attn since 2.1: aligned bottom right; `window_size` keys to each side, −1: all."""
     assert causal
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert q.dtype == k.dtype == v.dtype
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     assert lengths == {
         "max_seqlen_q": int(cu_seqlens_q.diff().max()),
         "max_seqlen_k": int(cu_seqlens_k.diff().max()),
@@ -168,8 +186,12 @@ def flash(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_siz
     return out
 
 
-def varlen_stand_in(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+def varlen_stand_in(
+    q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False
+):
+    """As in torch 2.15; before, without `enable_gqa`, heads had to be as many."""
     assert window_size[1] == 0, "causal"
+    assert enable_gqa == (q.shape[1] != k.shape[1])
     return flash(
         q,
         k,
@@ -179,9 +201,36 @@ def varlen_stand_in(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_
         scale,
         True,
         window_size,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
         max_seqlen_q=max_q,
         max_seqlen_k=max_k,
     )
+
+
+def older_varlen_stand_in(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    """As in torch 2.11."""
+    assert q.shape[1] == k.shape[1] == v.shape[1]
+    return varlen_stand_in(
+        q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size
+    )
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "dtype", "expected"),
+    [
+        (False, 0, torch.bfloat16, "sdpa"),
+        (True, 7, torch.bfloat16, "sdpa"),
+        (True, 8, torch.bfloat16, "varlen"),
+        (True, 9, None, "varlen"),
+        (True, 9, torch.float32, "sdpa"),
+    ],
+)
+def test_auto(cuda, capability, dtype, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    assert automatic(None, dtype) == expected
+    assert automatic("cpu", dtype) == "sdpa"
+    assert type(attention_backend("auto", "cpu")) is SDPA
 
 
 @pytest.mark.parametrize("together", [1, 7, 64, 10_000])
@@ -239,13 +288,13 @@ def test_gradients_flow_through_grouped_documents():
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'eager' unknown; expected one of \['sdpa'"):
+    with pytest.raises(ValueError, match=r"'eager' unknown; expected one of \['auto', 'sdpa'"):
         attention_backend("eager")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_missing_kernel_names_the_alternative():
-    with pytest.raises(ImportError, match=r"needs the flash-attn package.*or use 'sdpa'"):
+    with pytest.raises(ImportError, match=r"needs the flash-attn package.*or 'sdpa'"):
         attention_backend("flash_attention_2")
     with pytest.raises(ValueError, match=r"runs on CUDA only; use 'sdpa'"):
         attention_backend("varlen")

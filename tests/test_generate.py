@@ -17,7 +17,15 @@ from lit_longctx import cli
 from lit_longctx.batch import pack
 from lit_longctx.checkpoint import export_pretrained
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer, JsonTokenizer
-from lit_longctx.generate import Pieces, Sampling, decode, generate, generate_text, reading, stream
+from lit_longctx.generate import (
+    Sampling,
+    TextStream,
+    decode,
+    generate,
+    generate_text,
+    reading,
+    stream,
+)
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.model.attention import AttnImplementation
 from lit_longctx.model.cache import Cache
@@ -253,11 +261,11 @@ def test_tokens_are_drawn_with_the_probabilities_of_their_logits(temperature: fl
     drawn = generate(llama, prompt.expand(draws, -1), 1, temperature)[:, -1]
     with torch.no_grad():
         logits = llama.logits(reading(prompt))[0, -1].double()
-    chances = (logits / temperature).exp()
-    chances = chances / chances.sum()
+    probs = (logits / temperature).exp()
+    probs = probs / probs.sum()
     found = drawn.bincount(minlength=CONFIG.vocab_size) / draws
-    deviation = (chances * (1 - chances) / draws).sqrt()
-    assert ((found - chances).abs() <= 5 * deviation + 1 / draws).all()
+    deviation = (probs * (1 - probs) / draws).sqrt()
+    assert ((found - probs).abs() <= 5 * deviation + 1 / draws).all()
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(7, 1.0), (None, 0.6), (20, 0.8), (99, 0.01)])
@@ -270,7 +278,7 @@ def test_probabilities_are_those_of_transformers_warpers(top_k: int | None, top_
     expected = logits
     for warper in warpers:
         expected = warper(torch.zeros(50, 1, dtype=torch.long), expected)
-    found = Sampling(0.7, top_k, top_p).chances(logits)
+    found = Sampling(0.7, top_k, top_p).probs(logits)
     torch.testing.assert_close(found, expected.softmax(-1), atol=1e-6, rtol=0)
     assert (found == 0).any()
 
@@ -285,7 +293,7 @@ def test_top_k_1_is_greedy():
 TEXT = "naïve 日本語 🎉🎉 wörld\nend of 🎉 text"
 
 
-def joined(pieces: Pieces, ids: Sequence[int]) -> str:
+def joined(pieces: TextStream, ids: Sequence[int]) -> str:
     return "".join([pieces.add(i) for i in ids]) + pieces.close()
 
 
@@ -307,7 +315,7 @@ def bpe(folder: Path) -> JsonTokenizer:
 
 
 def test_pieces_are_the_text_and_never_split_a_character():
-    pieces = Pieces(ByteTokenizer())
+    pieces = TextStream(ByteTokenizer())
     found = [pieces.add(byte) for byte in TEXT.encode()]
     assert [piece for piece in found if piece] == list(TEXT)
     assert pieces.close() == ""
@@ -318,7 +326,7 @@ def test_pieces_of_any_bytes_are_their_text():
     letters = [*TEXT.encode(), *"é日🎉".encode(), 0xFF, 0xE2, 0x80]
     for _ in range(300):
         ids = bytes(rng.choices(letters, k=30))
-        assert joined(Pieces(ByteTokenizer(), b"prompt"), ids) == ids.decode(errors="replace")
+        assert joined(TextStream(ByteTokenizer(), b"prompt"), ids) == ids.decode(errors="replace")
 
 
 def test_pieces_keep_the_spaces_that_a_tokenizer_hides_at_the_beginning(tmp_path: Path):
@@ -327,7 +335,7 @@ def test_pieces_keep_the_spaces_that_a_tokenizer_hides_at_the_beginning(tmp_path
     ids = coder.encode([prompt + text])[0].tolist()
     read = len(coder.encode([prompt])[0])
     assert coder.decode(ids[read:])[0] != " "  # or this test shows nothing
-    pieces = Pieces(coder, [coder.bos, *ids[:read]])
+    pieces = TextStream(coder, [coder.bos, *ids[:read]])
     found = [pieces.add(i) for i in ids[read:]]
     assert "".join(found) + pieces.close() == text
     assert {" of", "日", "本"} <= set(found)
@@ -357,7 +365,7 @@ def up_to(stop: Sequence[str], text: str) -> str:
     "stop", [["end"], ["🎉 "], ["wörldly", "ld\n"], ["\n", "日本語 🎉🎉"], ["x"]]
 )
 def test_text_ends_before_the_first_stop_string(stop: list[str]):
-    assert joined(Pieces(ByteTokenizer(), stop=stop), TEXT.encode()) == up_to(stop, TEXT)
+    assert joined(TextStream(ByteTokenizer(), stop=stop), TEXT.encode()) == up_to(stop, TEXT)
 
 
 def test_stop_strings_end_random_text_however_it_is_cut_into_tokens():
@@ -366,12 +374,12 @@ def test_stop_strings_end_random_text_however_it_is_cut_into_tokens():
         text = "".join(rng.choices("abc", k=60))
         stop = ["".join(rng.choices("abc", k=rng.randint(1, 6))) for _ in range(rng.randint(1, 3))]
         tokens = Chunks(text, rng.choices(range(1, 7), k=60))
-        pieces = Pieces(tokens, stop=stop)
+        pieces = TextStream(tokens, stop=stop)
         assert joined(pieces, range(60)) == up_to(stop, text)
 
 
 def test_text_is_held_only_as_long_as_it_may_become_a_stop_string():
-    pieces = Pieces(ByteTokenizer(), stop=["###"])
+    pieces = TextStream(ByteTokenizer(), stop=["###"])
     found = [pieces.add(byte) for byte in b"a#b##c###d"]
     assert found == ["a", "", "#b", "", "", "##c", "", "", "", ""]
 
@@ -467,7 +475,7 @@ def test_an_empty_prompt_is_refused():
 def test_a_scheme_refuses_before_the_prompt_is_read_what_it_cannot_reach():
     llama = model(XPos(100.0, scale_base=1.0, centre=0))
     llama.model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("the prompt was read"))
-    with pytest.raises(ValueError, match="xPos scales leave float32 at place 104"):
+    with pytest.raises(ValueError, match="xPos scales leave float32 at position 104"):
         generate(llama, prompts(), 100)
 
 

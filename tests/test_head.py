@@ -21,7 +21,7 @@ def reference(hidden, weight, labels):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 256, 10_000])
-def test_both_doors(problem, rows, monkeypatch):
+def test_both_entry_points(problem, rows, monkeypatch):
     monkeypatch.setattr(head, "rows_at_once", lambda weight: rows)
     hidden, weight, labels, weights = problem
     expected = reference(hidden, weight, labels)
@@ -59,13 +59,13 @@ def test_hits_are_the_targets_of_largest_logit(problem, rows, monkeypatch):
     monkeypatch.setattr(head, "rows_at_once", lambda weight: rows)
     hidden, weight, labels, _ = problem
     labels[:20] = (hidden[:20] @ weight.T).argmax(-1)
-    nats, hits = head.token_hits(hidden, weight, labels)
+    nats, top1_correct = head.token_top1_correct(hidden, weight, labels)
     torch.testing.assert_close(nats, reference(hidden, weight, labels), atol=1e-5, rtol=1e-6)
-    assert hits.tolist() == [
+    assert top1_correct.tolist() == [
         int((row @ weight.T).argmax()) == int(label)
         for row, label in zip(hidden, labels, strict=True)
     ]
-    assert 20 <= int(hits.sum()) < int((labels >= 0).sum())
+    assert 20 <= int(top1_correct.sum()) < int((labels >= 0).sum())
     assert not nats.requires_grad
 
 

@@ -280,7 +280,7 @@ def test_a_data_set_that_does_not_answer_is_one_line(server, cached, monkeypatch
     server.delay = 30.0
     begin = time.monotonic()
     with pytest.raises(ValueError, match="hf://datasets/org/texts cannot be listed: ") as found:
-        Reader().units(["hf://datasets/org/texts"])
+        Reader().file_parts(["hf://datasets/org/texts"])
     assert "\n" not in str(found.value)
     assert time.monotonic() - begin < 60
 

@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 from lit_longctx.batch import one_document, pack
 from lit_longctx.generate import decode, reading
 from lit_longctx.model import Llama, LlamaConfig
-from lit_longctx.model.attention import SDPA
 from lit_longctx.model.cache import Cache
 from lit_longctx.model.keys import KeySource
 from lit_longctx.model.layers import LayerKind, Layers
 from lit_longctx.model.memory import Memory
+from lit_longctx.model.sdpa import SDPA
 from lit_longctx.position import DynamicNTK, NoPE, PositionScheme, RoPE, TransformerXL, YaRN
 
 CONFIG = LlamaConfig(97, 48, 80, 4, 4, 2)

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -159,3 +160,14 @@ def test_write_text_replaces_in_one_step(tmp_path):
 def test_the_manifest_is_plain_json(folder):
     content = json.loads((folder / manifest.NAME).read_text())
     assert list(content)[:5] == ["bos", "share", "counts", "name", "files"]
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "held_out/y/../../../evil.txt", "a\\..\\b", ""])
+def test_a_name_that_leads_out_of_the_folder_is_refused(name: str, tmp_path: Path):
+    manifest.write_text(
+        tmp_path / manifest.NAME,
+        manifest._signed({"files": {name: {"bytes": 0, "sha256": ""}}}),
+    )
+    for call in (manifest.read, manifest.verify, manifest.verify_sizes):
+        with pytest.raises(ValueError, match="lists a file outside of itself"):
+            call(tmp_path)

@@ -110,7 +110,7 @@ def test_a_changed_token_moves_only_later_places_of_its_own_document(attention, 
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_both_doors_equal_cross_entropy_on_the_logits(tied):
+def test_both_entry_points_equal_cross_entropy_on_the_logits(tied):
     llama = tiny(tie_word_embeddings=tied)
     batch = pack(windows(), bos=1)
     batch = batch._replace(loss_weights=torch.rand(batch.labels.shape) * batch.loss_weights)

@@ -82,9 +82,9 @@ def test_reading_says_files_and_the_time_left_by_their_bytes(
     for name, size in sizes.items():
         (tmp_path / f"{name}.txt").write_text("x" * size)
     clock = Clock(monkeypatch)
-    with Reading(Reader().units([str(tmp_path)]), every=1e9) as reading:
+    with Reading(Reader().file_parts([str(tmp_path)]), every=1e9) as reading:
         assert capsys.readouterr().out == "prepare: reading 2 files, 0.4 MB\n"
-        first, second = (unit.read(Faults()) for unit in reading.units)
+        first, second = (unit.read(Faults()) for unit in reading.file_parts)
         next(first)
         clock.now = 10.0
         assert next(first, None) is None
@@ -101,8 +101,8 @@ def test_reading_of_one_file_knows_how_far_it_is(tmp_path: Path, monkeypatch: py
     rows = ['{"text": "' + "x" * 9_990 + '"}' for _ in range(10)]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     clock = Clock(monkeypatch)
-    with Reading(Reader().units([str(tmp_path)]), every=1e9) as reading:
-        documents = reading.units[0].read(Faults())
+    with Reading(Reader().file_parts([str(tmp_path)]), every=1e9) as reading:
+        documents = reading.file_parts[0].read(Faults())
         for _ in range(6):  # the sixth is being worked on
             next(documents)
         clock.now = 50.0

@@ -630,7 +630,7 @@ def looked_up(document, question):
 )
 def test_documents_from_nothing_fill_the_length_and_hold_the_answers(kind, tmp_path, capsys):
     output = tmp_path / "x.jsonl"
-    flags = ["--task", "FromNothing", "--task.kind", *kind, "--task.kind.questions", "4"]
+    flags = ["--task", "TemplatedTask", "--task.kind", *kind, "--task.kind.questions", "4"]
     flags += ["--task.tokens", "2000", "--output", str(output)]
     run(*flags, "--task.documents", "12", "--seed", "7")
     rows = rows_of(output)
@@ -657,7 +657,7 @@ def test_documents_from_nothing_fill_the_length_and_hold_the_answers(kind, tmp_p
 
 def test_the_output_appears_whole_or_not_at_all(tmp_path):
     output = tmp_path / "new" / "x.jsonl"
-    flags = ["--task", "FromNothing", "--task.kind", "Table", "--output", str(output)]
+    flags = ["--task", "TemplatedTask", "--task.kind", "Table", "--output", str(output)]
     with pytest.raises(ValueError, match="expected a budget of"):
         run(*flags, "--task.tokens", "5")
     assert list(output.parent.iterdir()) == []
@@ -707,7 +707,7 @@ def test_without_the_client_library_the_error_names_the_extra(server, monkeypatc
 def test_help_explains_the_tasks(capsys):
     for name, expected in [
         ("SelfInstruct", "Characters that a question is asked about"),
-        ("FromNothing", "What the documents are"),
+        ("TemplatedTask", "What the documents are"),
     ]:
         with pytest.raises(SystemExit):
             run("--task.help", name)

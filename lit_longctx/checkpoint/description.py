@@ -1,12 +1,11 @@
 """The model as a run's checkpoint describes it: config, position schemes, trained context."""
 
-import importlib
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from lit_longctx import position as schemes
+from lit_longctx.checkpoint.trust import scheme_named
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.model.layers import LayerKind, Layers
 from lit_longctx.position import PositionScheme
@@ -63,7 +62,4 @@ def read_layers(description: dict[str, Any], config: LlamaConfig) -> Layers:
 
 
 def _scheme(description: dict[str, Any]) -> PositionScheme:
-    module, name = description["class_path"].rsplit(".", 1)
-    if module.startswith(schemes.__name__):  # the file of one of ours may have changed
-        module = schemes.__name__
-    return getattr(importlib.import_module(module), name)(**description["init_args"])
+    return scheme_named(description["class_path"])(**description["init_args"])

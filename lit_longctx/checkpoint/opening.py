@@ -12,9 +12,10 @@ from lit_longctx import hub, manifest
 from lit_longctx.checkpoint import hugging_face, meta, parameters
 from lit_longctx.checkpoint.companions import TOKENIZER, Companions, list_of
 from lit_longctx.checkpoint.description import MODEL, read_layers, scaled_alike
+from lit_longctx.checkpoint.trust import Untrusted, trusting
 from lit_longctx.checkpoint.verification import fault_in, newest_whole, offer_whole, steps_of
 from lit_longctx.model import Llama, LlamaConfig, layers_of
-from lit_longctx.model.attention import AttnImplementation
+from lit_longctx.model.attention import AttnImplementation, automatic
 from lit_longctx.model.layers import LayerKind, Layers
 from lit_longctx.position import PositionScheme
 from lit_longctx.position.scheme import INHERITED, THETA
@@ -159,6 +160,8 @@ class Checkpoint:
                 represent, by name.
         """
         whole = self.verified()
+        if attn_implementation == "auto":
+            attn_implementation = automatic(device, dtype)
         with torch.device("meta"):
             llama = Llama(whole.config, whole.layers_with(position), attn_implementation)
         llama.to(dtype).to_empty(device=device)
@@ -167,16 +170,25 @@ class Checkpoint:
         return llama
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path, trust: bool = False) -> Checkpoint:
     """Open a Hugging Face folder, a run folder, one of its checkpoints, Meta's, or a Hub name.
 
     Of our own checkpoints, the description is checked and the sizes of the files, not yet their
     hashes: this happens on every process before they know each other. Of a run folder it is the
     newest checkpoint that is whole as far as that shows; what is torn is named and skipped.
 
+    Args:
+        folder: Where the model is.
+        trust: Import the position scheme that a run folder names, if it is none of this package's.
+
     Raises:
         ValueError: There is no model in the folder, or it is torn.
     """
+    with trusting(trust):
+        return _found(folder)
+
+
+def _found(folder: str | Path) -> Checkpoint:
     path = Path(folder)
     if hub.is_name(str(folder)):
         path = hub.folder(str(folder), hub.MODEL_FILES)
@@ -199,6 +211,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     for step in steps_of(run):
         try:
             return replace(_opened(step), run=run)
+        except Untrusted:
+            raise
         except ValueError as error:
             say(f"skipping {step.name}: {error}")
     raise ValueError(f"{run} holds no whole checkpoint; start the run anew")
@@ -235,6 +249,7 @@ def load_pretrained(
     folder: str | Path,
     position: PositionScheme | None = None,
     attn_implementation: AttnImplementation = "sdpa",
+    trust: bool = False,
 ) -> Llama:
     """Load a Hugging Face Llama folder or one of our runs, in float32.
 
@@ -244,10 +259,11 @@ def load_pretrained(
         position: The scheme to use; theta and original_context that it leaves open are the
             folder's, and said. Default: the scheme that the folder describes.
         attn_implementation: Attention back end.
+        trust: Import the position scheme that a run folder names, if it is none of this package's.
 
     Raises:
         ValueError: What is missing, torn, of another shape or beyond what this model can
             represent, by name.
     """
-    opened = open_checkpoint(folder)
+    opened = open_checkpoint(folder, trust)
     return opened.load(attn_implementation=attn_implementation, position=position)

@@ -190,7 +190,9 @@ def _fill_from_run(parameters: dict[str, Tensor], folder: Path, config: LlamaCon
     """Load a run's distributed checkpoint in place, resharded as needed."""
     import torch.distributed.checkpoint as dcp
 
-    storage = dcp.FileSystemReader(folder)
+    from lit_longctx.checkpoint.unpickling import CheckedReader
+
+    storage = CheckedReader(folder)
     metadata = storage.read_metadata().state_dict_metadata
     prefix = "state_dict.llama."
     shapes = {

@@ -75,24 +75,24 @@ class ContextParallel(ABC):
 
 
 def apply_context_parallel(llama: Llama, context: ContextParallel) -> None:
-    """Let every door take whole rows, compute this process's tokens, and return whole rows again.
+    """Let every entry point take whole rows, compute this process's tokens, return whole rows.
 
     All processes of the group must be given the same batch. Nats come back without gradient; the
     loss is that of this process's tokens. Decoding stays as it is: each process by itself.
     """
     context.check(llama.config.num_attention_heads)
-    for door in ("forward", "loss", "hits"):
-        setattr(llama, door, partial(_shared, getattr(llama, door), context))
+    for method in ("forward", "loss", "top1_correct"):
+        setattr(llama, method, partial(_shared, getattr(llama, method), context))
 
 
 def _shared(
-    door: Callable[..., Any], context: ContextParallel, batch: Batch, source: KeySource = OWN
+    method: Callable[..., Any], context: ContextParallel, batch: Batch, source: KeySource = OWN
 ) -> Any:
-    """Call a door with this process's share; join what it finds of each token."""
+    """Call an entry point with this process's share; join what it finds of each token."""
     assert source is OWN, "context parallelism brings its own source of keys"
     seq = batch.labels.shape[1]
     share = context.share(batch)
-    found = door(share.batch, share.source)
+    found = method(share.batch, share.source)
 
     def joined(x: Tensor) -> Tensor:
         return context.join(x.detach(), share.columns, seq) if x.ndim == 2 else x

@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_longctx.batch import Batch, Documents, pad_rows
 from lit_longctx.context_parallel.base import ContextParallel, Share
 from lit_longctx.context_parallel.collectives import Exchange
-from lit_longctx.model.attention import AttentionBackend, Heads, KVHeads, Values
+from lit_longctx.model.backend import AttentionBackend, Heads, KVHeads, Values
 from lit_longctx.model.keys import Kernel, KeySource, LayerSource, SeenKeys, SeenValues, View
 from lit_longctx.model.layers import LayerKind
 

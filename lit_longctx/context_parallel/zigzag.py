@@ -15,7 +15,7 @@ from lit_longctx.batch import Batch, Documents, pad_rows
 from lit_longctx.context_parallel.balance import chunks_of, imbalance
 from lit_longctx.context_parallel.base import ContextParallel, Share
 from lit_longctx.context_parallel.collectives import Gather
-from lit_longctx.model.attention import AttentionBackend, Heads, KVHeads, Values
+from lit_longctx.model.backend import AttentionBackend, Heads, KVHeads, Values
 from lit_longctx.model.keys import Kernel, KeySource, LayerSource, SeenKeys, SeenValues, View
 from lit_longctx.model.layers import LayerKind
 
@@ -57,7 +57,7 @@ class Zigzag(ContextParallel):
         return imbalance(documents, chunks_of(documents, self.size))
 
 
-class Pieces(NamedTuple):
+class ShardParts(NamedTuple):
     """Which keys a process's queries see, and where among the gathered ones they are."""
 
     sent: Int[Tensor, " sent"] | None
@@ -94,7 +94,7 @@ class GatheredKeys(KeySource):
         return [
             View(
                 kind.position.encode(batch.position_ids, head_dim, batch.documents),
-                self._pieces(kind.window, backend),
+                self._parts(kind.window, backend),
             )
             for kind in kinds
         ]
@@ -106,7 +106,7 @@ class GatheredKeys(KeySource):
     def advance(self, batch: Batch) -> None:
         """Nothing is remembered."""
 
-    def _pieces(self, window: int | None, backend: AttentionBackend) -> Pieces:
+    def _parts(self, window: int | None, backend: AttentionBackend) -> ShardParts:
         """Lay out queries and keys chunk by chunk; the first document of a chunk began before."""
         rows, seq = self.documents.ids.shape
         device = self.documents.ids.device
@@ -127,7 +127,7 @@ class GatheredKeys(KeySource):
             key_sizes += [b - a for a, b in pairwise([first, *inner, end])]
             index.append(place[first:end])
         queries, keys = (_one_row(sizes, device) for sizes in (query_sizes, key_sizes))
-        return Pieces(sent, torch.cat(index), backend.prepare(queries, keys, window))
+        return ShardParts(sent, torch.cat(index), backend.prepare(queries, keys, window))
 
     def _places(self, tail: int | None) -> tuple[Int[Tensor, " tokens"], Tensor | None]:
         """Return where every token's key is found, and which own tokens are sent, if not all.
@@ -167,7 +167,7 @@ class GatheredLayer(LayerSource):
 
     @torch.compiler.disable
     def attend(
-        self, q: Heads, k: KVHeads, v: Values, mask: Pieces, kernel: Kernel
+        self, q: Heads, k: KVHeads, v: Values, mask: ShardParts, kernel: Kernel
     ) -> Float[Tensor, "batch queries heads value_dim"]:
         """Attend by groups of heads; rows are joined to one, since their key lengths differ."""
         at_once = self.context.kv_heads_at_once or k.shape[2]
@@ -183,12 +183,12 @@ class GatheredLayer(LayerSource):
         ]
         return torch.cat(found, dim=2).view(*q.shape[:3], v.shape[-1])
 
-    def _seen(self, x: KVHeads, pieces: Pieces) -> Float[Tensor, "1 keys kv_heads head_dim"]:
-        sent = x if pieces.sent is None else x[:, pieces.sent]
+    def _seen(self, x: KVHeads, parts: ShardParts) -> Float[Tensor, "1 keys kv_heads head_dim"]:
+        sent = x if parts.sent is None else x[:, parts.sent]
         found = Gather.apply(sent, self.context.group).flatten(0, 2)
-        if pieces.sent is not None:
+        if parts.sent is not None:
             found = torch.cat([found, x.flatten(0, 1)])
-        return found.index_select(0, pieces.index)[None]
+        return found.index_select(0, parts.index)[None]
 
 
 def _one_row(sizes: Sequence[int], device: torch.device) -> Documents:

@@ -10,9 +10,9 @@ import torch
 from lit_longctx.batch import NO_TARGET, Batch, pack
 from lit_longctx.checkpoint.companions import CHAT_TEMPLATE
 from lit_longctx.data.sampling.conversations import ConversationRows, Conversations
-from lit_longctx.data.sampling.order import Order
-from lit_longctx.data.sampling.places import Places
-from lit_longctx.data.sampling.stages import ENDLESS, Course, Stage
+from lit_longctx.data.sampling.position_transforms import PositionTransform
+from lit_longctx.data.sampling.sample_index import SampleIndex
+from lit_longctx.data.sampling.stages import ENDLESS, Stage, StageSchedule
 from lit_longctx.data.sampling.steps import (
     Rows,
     StepData,
@@ -24,7 +24,7 @@ from lit_longctx.data.sampling.weights import Mean, weigh
 from lit_longctx.data.store.storage import ObjectStorage
 
 TEMPLATE = f"tokenizer/{CHAT_TEMPLATE}"
-WIDTH = 64
+PAD_MULTIPLE = 64
 """Micro-batches are cut to their longest row, rounded up to so many tokens."""
 
 
@@ -55,7 +55,8 @@ class FinetuneData(StepData):
             sequence (Llama 2 Long's loss on the long input).
         mean: What counts alike: every `token`, every row (`sequence`), or every conversation
             (`longalign`).
-        places: Positions to train at, such as those of a longer context; default: the tokens' own.
+        position_transform: Draws positions of a longer context to train at; default: the tokens'
+            own positions.
         sorted: Put conversations of like length into one step (LongAlign's sorted batching);
             sources need packing none. Every step is of one source.
         seed: Decides the order of samples.
@@ -63,6 +64,7 @@ class FinetuneData(StepData):
         held_out_windows: Rows of each source's held-out split to validate on, spread evenly; their
             loss is that of answers, whatever `input_loss`.
         storage: Cache and access for sources in object storage.
+        allow_changed_data: Let a resume go on with other sources, seed, window, weights or packing.
     """
 
     def __init__(
@@ -73,12 +75,13 @@ class FinetuneData(StepData):
         micro_batch_size: int = 1,
         input_loss: float = 0.0,
         mean: Mean = "token",
-        places: Places | None = None,
+        position_transform: PositionTransform | None = None,
         sorted: bool = False,
         seed: int = 0,
         num_workers: int = 0,
         held_out_windows: int = 32,
         storage: ObjectStorage = ObjectStorage(),
+        allow_changed_data: bool = False,
     ) -> None:
         super().__init__()
         check_shares(sources)
@@ -94,27 +97,31 @@ class FinetuneData(StepData):
         self.sources = sources
         self.input_loss = input_loss
         self.mean: Mean = mean
-        self.places = places
+        self.position_transform = position_transform
         self.sorted = sorted
         self.seed = seed
         self.num_workers = num_workers
         self.held_out_windows = held_out_windows
         self.storage = storage
+        self.allow_changed_data = allow_changed_data
+        self.packing = ", ".join(f"{name} {source.packing}" for name, source in sources.items())
         stage = Stage(ENDLESS, window, batch_tokens, micro_batch_size, given_weights(sources))
-        self.course = Course([stage])
+        self.stage_schedule = StageSchedule([stage])
         self.window = window
         opened = [self._open(name, "train") for name in sources]
         self._check_opened(opened)
         self.tokenizer = common_tokenizer(each.windows for each in opened)
+        hashes = [each.windows.content_hash for each in opened]
+        self.contents = dict(zip(sources, hashes, strict=True))
         self.tokenizer_folder = opened[0].windows.tokenizer_folder
 
     def _check_opened(self, opened: Sequence[Conversations]) -> None:
-        """Refuse conversations beyond the places, and sources of different templates or ids."""
+        """Refuse conversations beyond the transform, and sources of different templates or ids."""
         longest = max(int(each.lengths.max()) for each in opened)
-        if self.places and longest > self.places.context:
+        if self.position_transform and longest > self.position_transform.context:
             raise ValueError(
-                f"places know {self.places.context} tokens, a conversation has {longest}; raise "
-                "them or shorten the window"
+                f"a conversation has {longest} tokens, position_transform knows "
+                f"{self.position_transform.context}; raise them or shorten the window"
             )
         told = [each.windows.manifest["files"].get(TEMPLATE) for each in opened]
         if any(other != told[0] for other in told):
@@ -152,21 +159,21 @@ class FinetuneData(StepData):
         readers: Mapping[str, ConversationRows],
         stage: Stage,
         read: Mapping[str, int] | None = None,
-    ) -> "Order | Sorted":
+    ) -> "SampleIndex | Sorted":
         """Return the order of samples."""
         weights = list(stage.weights.values()) if stage.weights else None
         if self.sorted:
             lengths = [reader.conversations.lengths for reader in readers.values()]
             return Sorted(lengths, weights, self.seed, stage.rows)
         groups = [reader.groups for reader in readers.values()]
-        return Order([len(reader) for reader in readers.values()], weights, self.seed, groups)
+        return SampleIndex([len(reader) for reader in readers.values()], weights, self.seed, groups)
 
     def batch(self, readers: Mapping[int, ConversationRows], rows: Rows, training: bool) -> Batch:
         """Read rows; in validation the targets are the answers, and all stands where it stands."""
         padding = next(iter(readers.values())).padding()
         found = [padding if row < 0 else readers[source][row] for source, row, _ in rows]
         longest = max(1, *(int((row.tokens != NO_TARGET).sum()) for row in found))
-        width = min(-(-longest // WIDTH) * WIDTH, self.window) + 1
+        width = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.window) + 1
         tokens, starts, answers = (
             torch.from_numpy(np.stack(column)[:, :width]) for column in zip(*found, strict=True)
         )
@@ -180,7 +187,7 @@ class FinetuneData(StepData):
         if not training:
             return batch._replace(labels=batch.labels.masked_fill(~answers[:, 1:], NO_TARGET))
         batch = weigh(batch, answers[:, 1:], self.input_loss, self.mean)
-        return self.places(batch, answers[:, :-1]) if self.places else batch
+        return self.position_transform(batch, answers[:, :-1]) if self.position_transform else batch
 
 
 @final
@@ -189,7 +196,7 @@ class Sorted:
 
     Sorted by length, cut into groups of a step's rows, groups in random order (Bai et al. 2024,
     arXiv:2401.18058, §3.2). What is left over makes a last group with the longest of the others.
-    A pure function of its arguments, like `Order`.
+    A pure function of its arguments, like `SampleIndex`.
 
     Args:
         lengths: Tokens of each source's conversations.
@@ -212,12 +219,12 @@ class Sorted:
             )
         self.rows = rows
         self.by_length = [np.argsort(each, kind="stable") for each in lengths]
-        self.order = Order([-(-len(each) // rows) for each in lengths], weights, seed)
+        self.order = SampleIndex([-(-len(each) // rows) for each in lengths], weights, seed)
 
     def __call__(self, sample: int) -> tuple[int, int]:
         """Return source and conversation of a sample."""
         step, row = divmod(sample, self.rows)
         source, group = self.order(step)
-        places = self.by_length[source]
-        first = min(group * self.rows, len(places) - self.rows)
-        return source, int(places[first + row])
+        windows = self.by_length[source]
+        first = min(group * self.rows, len(windows) - self.rows)
+        return source, int(windows[first + row])

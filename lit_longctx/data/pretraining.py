@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from lit_longctx.batch import NO_TARGET, Batch, pack
-from lit_longctx.data.sampling.lanes import Lanes
-from lit_longctx.data.sampling.order import Order
+from lit_longctx.data.sampling.contiguous import ContiguousSampler
 from lit_longctx.data.sampling.packing import BestFit
-from lit_longctx.data.sampling.places import Places
-from lit_longctx.data.sampling.stages import ENDLESS, Course, Stage
+from lit_longctx.data.sampling.position_transforms import PositionTransform
+from lit_longctx.data.sampling.sample_index import SampleIndex
+from lit_longctx.data.sampling.stages import ENDLESS, Stage, StageSchedule
 from lit_longctx.data.sampling.steps import (
     Rows,
     StepData,
@@ -23,14 +23,14 @@ from lit_longctx.data.sampling.steps import (
     common_tokenizer,
     given_weights,
 )
-from lit_longctx.data.store.mds import Packs, open_windows
+from lit_longctx.data.store.mds import MDSWindows, open_windows
 from lit_longctx.data.store.storage import ObjectStorage
 from lit_longctx.data.store.windows import Windows
 from lit_longctx.data.tokens.tokenizer import described, open_tokenizer
 
 SHUFFLED_CHUNKS = 4
 """Chunks whose windows are shuffled together."""
-Reader = Windows | Packs | BestFit
+Reader = Windows | MDSWindows | BestFit
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Source:
     tokenizer: str | None = None
     """Tokenizer of MDS shards (`bytes`, a file or a folder); prepared folders know their own."""
 
-    def open(self, split: str, length: int, storage: ObjectStorage) -> Windows | Packs:
+    def open(self, split: str, length: int, storage: ObjectStorage) -> Windows | MDSWindows:
         """Return the windows of a split."""
         if self.tokenizer is None:
             return open_windows(self.folder, split, length, storage)
@@ -67,13 +67,15 @@ class PretrainData(StepData):
         seed: Decides the order of samples.
         num_workers: Loader processes per training process; 0 reads in the training process.
         held_out_windows: Windows of each source's held-out split to validate on, spread evenly.
-        lanes: Let rows walk through documents, for a model with memory, instead of shuffling.
+        contiguous: Let rows walk through documents, for a model with memory, instead of shuffling.
         packing: `concatenate` joins documents and cuts the stream every `window` tokens;
             `best_fit` cuts only documents longer than the window, and pads.
         storage: Cache and access for sources in object storage.
-        places: Positions to train at, such as those of a longer context; default: the tokens' own.
+        position_transform: Draws positions of a longer context to train at; default: the tokens'
+            own positions.
         stages: Stretches of the run with another window, batch, mix, theta or learning rate, one
             after the other; default: one, with the settings above.
+        allow_changed_data: Let a resume go on with other sources, seed, window, weights or packing.
     """
 
     def __init__(
@@ -85,46 +87,49 @@ class PretrainData(StepData):
         seed: int = 0,
         num_workers: int = 0,
         held_out_windows: int = 32,
-        lanes: bool = False,
+        contiguous: bool = False,
         packing: Literal["concatenate", "best_fit"] = "concatenate",
         storage: ObjectStorage = ObjectStorage(),
-        places: Places | None = None,
+        position_transform: PositionTransform | None = None,
         stages: list[Stage] | None = None,
+        allow_changed_data: bool = False,
     ) -> None:
         super().__init__()
         _check_sizes(window, batch_tokens, micro_batch_size, held_out_windows)
         check_shares(sources)
-        if lanes and (stages or places or packing == "best_fit"):
+        if contiguous and (stages or position_transform or packing == "best_fit"):
             raise ValueError(
-                "lanes walk through documents: they take no stages, no places and no best_fit"
+                "contiguous rows take no stages, no position_transform and no best_fit"
             )
         self.sources = sources
         self.seed = seed
         self.num_workers = num_workers
         self.held_out_windows = held_out_windows
-        self.lanes = lanes
+        self.contiguous = contiguous
         self.packing = packing
-        self.places = places
+        self.position_transform = position_transform
         self.storage = storage
+        self.allow_changed_data = allow_changed_data
         run = Stage(ENDLESS, window, batch_tokens, micro_batch_size, given_weights(sources))
         self.staged = bool(stages)
-        self.course = Course([stage.completed(run) for stage in stages or [run]])
-        self.window = max(stage.window for stage in self.course.stages)
+        self.stage_schedule = StageSchedule([stage.completed(run) for stage in stages or [run]])
+        self.window = max(stage.window for stage in self.stage_schedule.stages)
         self._check_stages()
         opened = {n: s.open("train", self._shortest(n), storage) for n, s in sources.items()}
         self._check_opened(opened)
         self.tokenizer = common_tokenizer(opened.values())
+        self.contents = {name: windows.content_hash for name, windows in opened.items()}
         self.tokenizer_folder = self._first_tokenizer_folder(opened)
 
     def _check_stages(self) -> None:
         """Refuse stages that name a source which is not there."""
-        for stage in self.course.stages:
+        for stage in self.stage_schedule.stages:
             if unknown := set(stage.weights or {}) - set(self.sources):
                 raise ValueError(
                     f"a stage names source {unknown.pop()}; sources are {', '.join(self.sources)}"
                 )
 
-    def _check_opened(self, opened: Mapping[str, Windows | Packs]) -> None:
+    def _check_opened(self, opened: Mapping[str, Windows | MDSWindows]) -> None:
         """Refuse sources of different tokenizers, and packed ones that are to be packed anew."""
         first = next(iter(opened.values())).manifest["tokenizer"]
         for name, other in opened.items():
@@ -132,10 +137,10 @@ class PretrainData(StepData):
                 raise ValueError(
                     f"source {name} was prepared with another tokenizer; prepare all with one"
                 )
-            if isinstance(other, Packs) and (self.lanes or self.packing == "best_fit"):
-                raise ValueError(f"source {name} is packed already: leave out lanes and best_fit")
+            if isinstance(other, MDSWindows) and (self.contiguous or self.packing == "best_fit"):
+                raise ValueError(f"source {name} is packed: leave out contiguous and best_fit")
 
-    def _first_tokenizer_folder(self, opened: Mapping[str, Windows | Packs]) -> Path | None:
+    def _first_tokenizer_folder(self, opened: Mapping[str, Windows | MDSWindows]) -> Path | None:
         """Return a folder that holds the sources' tokenizer; None if there is none."""
         own = [w.tokenizer_folder for w in opened.values() if isinstance(w, Windows)]
         names = [source.tokenizer for source in self.sources.values()]
@@ -145,14 +150,16 @@ class PretrainData(StepData):
 
     def _shortest(self, name: str) -> int:
         """Shortest window that a source is read in; the longest of all if none reads it."""
-        windows = [stage.window for stage in self.course.stages if name in self.names(stage)]
+        windows = [
+            stage.window for stage in self.stage_schedule.stages if name in self.names(stage)
+        ]
         return min(windows, default=self.window)
 
     def names(self, stage: Stage) -> list[str]:
         """Return the sources that a stage reads."""
         return [name for name in self.sources if not stage.weights or name in stage.weights]
 
-    def open(self, split: str, stage: Stage) -> dict[str, Windows | Packs]:
+    def open(self, split: str, stage: Stage) -> dict[str, Windows | MDSWindows]:
         """Return a stage's windows by source; ValueError if one has too few tokens for any."""
         length = stage.window
         found = {n: self.sources[n].open(split, length, self.storage) for n in self.names(stage)}
@@ -171,31 +178,31 @@ class PretrainData(StepData):
             return dict(opened)
         return {name: self._best_fit(windows) for name, windows in opened.items()}
 
-    def _best_fit(self, windows: Windows | Packs) -> BestFit:
+    def _best_fit(self, windows: Windows | MDSWindows) -> BestFit:
         assert isinstance(windows, Windows)
         return BestFit(windows, SHUFFLED_CHUNKS * windows.manifest["chunk_tokens"])
 
     def order(
         self, readers: Mapping[str, Reader], stage: Stage, read: Mapping[str, int] | None = None
-    ) -> Order | Lanes:
+    ) -> SampleIndex | ContiguousSampler:
         """Return a stage's order of samples; `read` tokens of each source count as drawn."""
         lengths = [len(reader) for reader in readers.values()]
         weights = [stage.weights[name] for name in readers] if stage.weights else None
-        if self.lanes:
-            return Lanes(lengths, weights, self.seed, stage.rows)
+        if self.contiguous:
+            return ContiguousSampler(lengths, weights, self.seed, stage.rows)
         groups = [_groups(reader) for reader in readers.values()]
         begun = [ceil((read or {}).get(name, 0) / stage.window) for name in readers]
         keys = [list(self.sources).index(name) for name in readers]
-        return Order(lengths, weights, self.seed, groups, begun, keys)
+        return SampleIndex(lengths, weights, self.seed, groups, begun, keys)
 
-    def held_out(self, stage: Stage) -> dict[str, Windows | Packs]:
+    def held_out(self, stage: Stage) -> dict[str, Windows | MDSWindows]:
         """Return what serves held-out windows: joined documents, whatever the packing."""
         return self.open("held_out", stage)
 
     def batch(self, readers: Mapping[int, Reader], rows: Rows, training: bool) -> Batch:
         """Read rows of packed documents; in validation all stands where it stands."""
         batch = read_batch(readers, rows, self.tokenizer["bos"])
-        return self.places(batch) if training and self.places else batch
+        return self.position_transform(batch) if training and self.position_transform else batch
 
 
 def _check_sizes(
@@ -240,6 +247,6 @@ def _groups(reader: Reader) -> list[int]:
     if isinstance(reader, BestFit):
         return reader.plan.groups
     tokens = SHUFFLED_CHUNKS * reader.manifest["chunk_tokens"]
-    total = len(reader) * reader.length if isinstance(reader, Packs) else reader.tokens
+    total = len(reader) * reader.length if isinstance(reader, MDSWindows) else reader.tokens
     edges = np.arange(0, total + tokens, tokens)
     return np.diff(np.minimum(-(-edges // reader.length), len(reader))).tolist()

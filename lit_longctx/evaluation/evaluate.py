@@ -19,18 +19,18 @@ from lit_longctx.data.store.windows import Windows
 from lit_longctx.data.tokens.tokenizer import check_tokenizer, open_tokenizer
 from lit_longctx.evaluation.candidates import Candidate, open_candidates
 from lit_longctx.evaluation.loss.held_out import HeldOutLoss
-from lit_longctx.evaluation.loss.sliding import Slide, SlidingPerplexity
-from lit_longctx.evaluation.measure import Measure, Section, Unit
+from lit_longctx.evaluation.loss.sliding import SlidingWindow, SlidingWindowPerplexity
+from lit_longctx.evaluation.measure import EvalItem, Measure, Section
 from lit_longctx.evaluation.processes import Processes, started_processes
 from lit_longctx.evaluation.retrieval.answers import Answers
 from lit_longctx.evaluation.retrieval.grid import Grid, Probe
 from lit_longctx.evaluation.retrieval.prompts import Haystack
-from lit_longctx.journal import Journal
 from lit_longctx.manifest import write_text
 from lit_longctx.model import chosen_device
 from lit_longctx.model.attention import AttnImplementation
 from lit_longctx.position import PositionScheme
 from lit_longctx.progress import counted
+from lit_longctx.result_cache import ResultCache
 
 
 def evaluate(
@@ -40,7 +40,7 @@ def evaluate(
     tasks: list[str] = ["loss"],  # noqa: B006 - never changed
     window: int = 4096,
     windows: int = 32,
-    sliding: Slide = Slide(),
+    sliding: SlidingWindow = SlidingWindow(),
     grid: Grid = Grid(),
     positions: list[PositionScheme] = [],  # noqa: B006 - never changed
     attn_implementation: AttnImplementation = "sdpa",
@@ -49,7 +49,7 @@ def evaluate(
     context_parallel_size: int = 1,
     context_parallel: ContextParallelName = "zigzag",
 ) -> dict[str, Any]:
-    """Measure checkpoints side by side; of several the first is the yardstick.
+    """Measure checkpoints side by side; of several the first is the baseline.
 
     Every value is kept as soon as it is known, in OUTPUT/measurements.jsonl: started again, with
     more checkpoints or tasks too, this goes on with what is missing.
@@ -72,7 +72,7 @@ def evaluate(
         dtype: Of weights, keys and values.
         device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
         context_parallel_size: Of the processes that torchrun started, how many share each row; the
-            others measure other units. Generated answers are written by every process of a group.
+            others measure other items. Generated answers are written by every process of a group.
         context_parallel: `zigzag` or `ulysses`.
 
     Returns:
@@ -116,15 +116,19 @@ class Compute(NamedTuple):
 def measure_candidates(
     candidates: dict[str, Candidate], measures: dict[str, Measure], compute: Compute, output: Path
 ) -> dict[str, dict[str, list[Any]]]:
-    """Return values by task and column, in the order of units; the first process keeps them."""
-    units = [(name, unit) for name, each in measures.items() for unit in each.units()]
+    """Return values by task and column, in the order of its items; the first process keeps them."""
+    eval_items = [
+        (name, eval_item) for name, each in measures.items() for eval_item in each.eval_items()
+    ]
     values: dict[str, dict[str, list[Any]]] = {name: {} for name in measures}
     with (
-        Journal(output / "measurements.jsonl") if compute.processes.first else nullcontext() as held
+        ResultCache(output / "measurements.jsonl")
+        if compute.processes.first
+        else nullcontext() as held
     ):
         for column, candidate in candidates.items():
-            found = measure_all(column, candidate, measures, units, compute, held)
-            for (name, _), value in zip(units, found, strict=True):
+            found = measure_all(column, candidate, measures, eval_items, compute, held)
+            for (name, _), value in zip(eval_items, found, strict=True):
                 values[name].setdefault(column, []).append(value)
     return values
 
@@ -133,11 +137,11 @@ def measure_all(
     column: str,
     candidate: Candidate,
     measures: dict[str, Measure],
-    units: list[tuple[str, Unit]],
+    eval_items: list[tuple[str, EvalItem]],
     compute: Compute,
-    held: Journal | None,
+    held: ResultCache | None,
 ) -> list[Any]:
-    """Return a column's value of every unit of every task; compute those not kept yet."""
+    """Return a column's value of every item of every task; compute those not kept yet."""
     processes = compute.processes
     known = {
         "version": lit_longctx.__version__,
@@ -146,7 +150,9 @@ def measure_all(
         "dtype": compute.dtype,
         "device": torch.device(compute.device).type,
     }
-    items = [({**known, "task": name, **unit}, name, unit) for name, unit in units]
+    items = [
+        ({**known, "task": name, **eval_item}, name, eval_item) for name, eval_item in eval_items
+    ]
     missing = [i for i, item in enumerate(items) if held is not None and item[0] not in held]
     missing = processes.from_first(missing)
     if held is not None and len(missing) < len(items):
@@ -165,24 +171,26 @@ def measure_all(
         for numbers in counted(rounds, column, lambda each: tokens_of(items[each[0]][2])):
             value = None
             if processes.group < len(numbers):
-                _, name, unit = items[numbers[processes.group]]
-                value = measures[name].measure(llama, unit)
+                _, name, eval_item = items[numbers[processes.group]]
+                value = measures[name].measure(llama, eval_item)
             found = processes.from_groups(value)
             for number, each in zip(numbers, found, strict=False):  # fewer in the last round
-                of, name, unit = items[number]
+                of, name, eval_item = items[number]
                 if without_nan(each) != each:
                     raise ValueError(
-                        f"{column} gives {name} that is no number at {unit}; leave it out, or set "
-                        "--dtype float32"
+                        f"{column} gives {name} that is no number at {eval_item}; leave it out, "
+                        "or set --dtype float32"
                     )
                 if held is not None:
                     held.add(of, each)
     return [None if held is None else held[of] for of, *_ in items]
 
 
-def tokens_of(unit: Unit) -> float:
-    """Tokens that a unit reads: what it costs, beside others."""
-    return next((unit[name] for name in ("length", "tokens", "window") if name in unit), 1)
+def tokens_of(eval_item: EvalItem) -> float:
+    """Tokens that an item reads: what it costs, beside others."""
+    return next(
+        (eval_item[name] for name in ("length", "tokens", "window") if name in eval_item), 1
+    )
 
 
 class HeldOut(NamedTuple):
@@ -218,7 +226,7 @@ def open_held_out(folders: list[str], window: int, whole_windows: bool) -> HeldO
 
 
 def measure_named(
-    name: str, held_out: HeldOut, windows: int, sliding: Slide, grid: Grid
+    name: str, held_out: HeldOut, windows: int, sliding: SlidingWindow, grid: Grid
 ) -> Measure:
     """Return what a task's name stands for."""
     if name == "answers":
@@ -230,7 +238,7 @@ def measure_named(
     if name == "loss":
         return HeldOutLoss(held_out.documents, windows)
     if name == "perplexity":
-        return SlidingPerplexity(held_out.documents, sliding)
+        return SlidingWindowPerplexity(held_out.documents, sliding)
     first = next(iter(held_out.documents.values()))
     return Probe(name, grid, haystack(first, max(grid.lengths)))
 
@@ -238,8 +246,8 @@ def measure_named(
 def haystack(held_out: Windows, tokens: int) -> Haystack:
     """Return held-out text, twice as long as the longest prompt, to hide needles in."""
     add_bos = held_out.manifest["tokenizer"].get("add_bos", True)
-    coder = open_tokenizer(str(held_out.tokenizer_folder), add_bos=add_bos)
-    return Haystack.of_tokens(coder, held_out.read(0, min(held_out.tokens, 2 * tokens)))
+    tokenizer = open_tokenizer(str(held_out.tokenizer_folder), add_bos=add_bos)
+    return Haystack.of_tokens(tokenizer, held_out.read(0, min(held_out.tokens, 2 * tokens)))
 
 
 def check_vocabulary(start: Checkpoint, held_out: HeldOut) -> None:

@@ -22,10 +22,10 @@ from tqdm import tqdm
 from lit_longctx.batch import pack
 from lit_longctx.checkpoint import describe_layers, open_checkpoint
 from lit_longctx.data.tokens.tokenizer import open_tokenizer
-from lit_longctx.generate import GREEDY, Pieces, Sampling, decode, ends_of
+from lit_longctx.generate import GREEDY, Sampling, TextStream, decode, ends_of
 from lit_longctx.model import chosen_device
 from lit_longctx.model.attention import AttnImplementation
-from lit_longctx.model.head import token_hits
+from lit_longctx.model.head import token_top1_correct
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -96,28 +96,28 @@ class HarnessModel(TemplateLM):
         if device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"  # lm-eval's command says cuda:0 where its user says nothing
         self._device = torch.device(chosen_device(device))
-        self.coder = open_tokenizer(str(own))
+        self.tokenizer = open_tokenizer(str(own))
         llama = start.load(self._device, getattr(torch, dtype), attn_implementation)
         self.llama = llama.eval()
         self.max_length = max_length or start.trained_context
         self.max_gen_toks = max_gen_toks
         self.batch_size = int(batch_size)
-        self.add_bos_token = bool(self.coder.prefix) if add_bos_token is None else add_bos_token
+        self.add_bos_token = bool(self.tokenizer.prefix) if add_bos_token is None else add_bos_token
 
     @property
     def eot_token_id(self) -> int:
         """EOS."""
-        return self.coder.eos
+        return self.tokenizer.eos
 
     @property
     def prefix_token_id(self) -> int:
         """BOS: what the first token of a text without context follows."""
-        return self.coder.bos
+        return self.tokenizer.bos
 
     @property
     def tokenizer_name(self) -> str:
         """Name under which lm-eval would keep prompts of a chat template."""
-        return self.coder.fingerprint
+        return self.tokenizer.fingerprint
 
     def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
         """Refuse: a template writes special tokens, which the tokenizer reads as plain text."""
@@ -135,7 +135,7 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> Tokens:
         """Ids of a text, with BOS in front unless told otherwise."""
         begin = self.add_bos_token if add_special_tokens is None else add_special_tokens
-        return [self.coder.bos] * begin + self.coder.encode([string])[0].tolist()
+        return [self.tokenizer.bos] * begin + self.tokenizer.encode([string])[0].tolist()
 
     # ---- scores of given text
 
@@ -188,14 +188,14 @@ class HarnessModel(TemplateLM):
         padded = [torch.tensor([*row, -1], device=self.device) for row in rows]
         windows = pad_sequence(padded, batch_first=True, padding_value=-1)
         starts = torch.zeros_like(windows, dtype=torch.bool)  # a second BOS begins no document
-        hidden = self.llama.hidden(pack(windows, self.coder.bos, starts))
+        hidden = self.llama.hidden(pack(windows, self.tokenizer.bos, starts))
         return [states[: len(row)] for states, row in zip(hidden, rows, strict=True)]
 
     def _score(self, states: Float[Tensor, "seq width"], target: Tokens) -> tuple[float, bool]:
         """Ln p of tokens, each from the state before it, and whether each is the likeliest."""
         labels = torch.tensor(target, device=self.device)
-        nats, hits = token_hits(states, self.llama.head_weight, labels)
-        return -float(nats.sum()), bool(hits.all())
+        nats, top1_correct = token_top1_correct(states, self.llama.head_weight, labels)
+        return -float(nats.sum()), bool(top1_correct.all())
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -251,8 +251,8 @@ class HarnessModel(TemplateLM):
             )
         ids = [self._last(self.tok_encode(context), room) for context in contexts]
         prompts = [torch.tensor(row, device=self.device) for row in ids]
-        ends = ends_of(self.llama, self.coder)
-        rows = [Pieces(self.coder, stop=until, ends=ends) for _ in contexts]
+        ends = ends_of(self.llama, self.tokenizer)
+        rows = [TextStream(self.tokenizer, stop=until, ends=ends) for _ in contexts]
         texts = ["" for _ in contexts]
         # lm-eval seeds torch; repeated requests need draws of their own
         seed = int(torch.randint(2**62, ()))

@@ -1,4 +1,4 @@
-"""What all measures share: units measured one by one, and checkpoints set side by side."""
+"""What all measures share: items measured one by one, and checkpoints set side by side."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from lit_longctx.evaluation.statistics.intervals import Interval, Sums, paired_differences
-from lit_longctx.journal import Of
 from lit_longctx.model import Llama
+from lit_longctx.result_cache import Of
 
-Unit = Of
+EvalItem = Of
 """What decides one value, besides the checkpoint."""
 
 
@@ -26,10 +26,10 @@ class Section(NamedTuple):
 
 
 class Measure(ABC):
-    """Something to measure of every checkpoint on the same units."""
+    """Something to measure of every checkpoint on the same items."""
 
     @abstractmethod
-    def units(self) -> list[Unit]:
+    def eval_items(self) -> list[EvalItem]:
         """Return what is measured one by one, the same for every checkpoint.
 
         Raises:
@@ -37,34 +37,34 @@ class Measure(ABC):
         """
 
     @abstractmethod
-    def measure(self, llama: Llama, unit: Unit) -> Any:
-        """Return the value of a unit; JSON can hold it."""
+    def measure(self, llama: Llama, item: EvalItem) -> Any:
+        """Return the value of an item; JSON can hold it."""
 
     @abstractmethod
     def report(self, values: dict[str, list[Any]], trained: int) -> Section:
-        """Return the results of checkpoints, given their values in the order of `units`.
+        """Return the results of checkpoints, given their values in the order of `eval_items`.
 
         Args:
-            values: By checkpoint; the first is the yardstick.
+            values: By checkpoint; the first is the baseline.
             trained: Tokens of context that the first was trained on.
         """
 
 
 class Comparison:
-    """Means of checkpoints over the same units, and how the later ones differ from the first.
+    """Means of checkpoints over the same items, and how the later ones differ from the first.
 
     Args:
-        sums: What each checkpoint got; the first is the yardstick.
+        sums: What each checkpoint got; the first is the baseline.
         unit: What is drawn together, such as "window".
         option: The option that gives more of them.
     """
 
     def __init__(self, sums: dict[str, Sums], unit: str, option: str) -> None:
         self.unit, self.option = unit, option
-        (_, yardstick), *others = sums.items()
+        (_, baseline), *others = sums.items()
         self.means = {name: each.means().flatten().tolist() for name, each in sums.items()}
-        self.number = yardstick.number.sum(0).flatten().tolist()
-        self.differences = {name: paired_differences(yardstick, each) for name, each in others}
+        self.number = baseline.number.sum(0).flatten().tolist()
+        self.differences = {name: paired_differences(baseline, each) for name, each in others}
 
     def table(self, head: str, counted: str, rows: Sequence[str], digits: int = 4) -> str:
         """Return a Markdown table; cells without anything have no row.

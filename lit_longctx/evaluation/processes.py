@@ -1,4 +1,4 @@
-"""Evaluation on several processes: each group takes units of its own, and shares their rows."""
+"""Evaluation on several processes: each group takes items of its own, and shares their rows."""
 
 import os
 import sys
@@ -18,12 +18,12 @@ class Processes(NamedTuple):
     """The processes of an evaluation, and which of them this is."""
 
     group: int = 0
-    """Number of this process's group; all of a group measure the same unit."""
+    """Number of this process's group; all of a group measure the same item."""
     groups: int = 1
     first: bool = True
     """Whether this is the process that keeps values and writes reports."""
     context: ContextParallel | None = None
-    """How a group divides the rows of its units; None where each process is a group."""
+    """How a group divides the rows of its items; None where each process is a group."""
 
     def from_first(self, value: Any) -> Any:
         """Return the first process's value to all."""
@@ -42,7 +42,7 @@ class Processes(NamedTuple):
         return found[:: len(found) // self.groups]
 
     def rounds(self, numbers: Sequence[int]) -> list[Sequence[int]]:
-        """Cut units into rounds of one for each group."""
+        """Cut items into rounds of one for each group."""
         return [numbers[i : i + self.groups] for i in range(0, len(numbers), self.groups)]
 
 

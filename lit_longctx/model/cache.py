@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lit_longctx.batch import Batch, Documents, one_document
-from lit_longctx.model.attention import AttentionBackend, KVHeads, Values
+from lit_longctx.model.backend import AttentionBackend, KVHeads, Values
 from lit_longctx.model.keys import KeySource, LayerSource, SeenKeys, SeenValues, View, make_views
 from lit_longctx.model.layers import LayerKind
 

@@ -51,7 +51,7 @@ def _nats(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def token_hits(
+def token_top1_correct(
     hidden: Float[Tensor, "tokens width"],
     weight: Float[Tensor, "vocab width"],
     labels: Int[Tensor, " tokens"],
@@ -61,12 +61,12 @@ def token_hits(
     No gradient: to read answers, not to learn.
     """
     nats = hidden.new_zeros(len(labels), dtype=torch.float32)
-    hits = torch.zeros_like(labels, dtype=torch.bool)
+    top1_correct = torch.zeros_like(labels, dtype=torch.bool)
     for chunk in (labels != NO_TARGET).nonzero().flatten().split(rows_at_once(weight)):
         logits = (hidden[chunk] @ weight.T).float()
         nats[chunk] = F.cross_entropy(logits, labels[chunk], reduction="none")
-        hits[chunk] = logits.argmax(-1) == labels[chunk]
-    return nats, hits
+        top1_correct[chunk] = logits.argmax(-1) == labels[chunk]
+    return nats, top1_correct
 
 
 def weighted_loss(

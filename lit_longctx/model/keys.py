@@ -12,7 +12,7 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from lit_longctx.batch import Batch, Documents
-from lit_longctx.model.attention import AttentionBackend, Heads, KVHeads, Values
+from lit_longctx.model.backend import AttentionBackend, Heads, KVHeads, Values
 from lit_longctx.model.layers import LayerKind
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Any], Tensor]

@@ -15,15 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lit_longctx.batch import Batch
-from lit_longctx.model.attention import (
-    AttentionBackend,
-    AttnImplementation,
-    Heads,
-    KVHeads,
-    Values,
-    attention_backend,
-)
-from lit_longctx.model.head import token_hits, token_nats, weighted_loss
+from lit_longctx.model.attention import AttnImplementation, attention_backend
+from lit_longctx.model.backend import AttentionBackend, Heads, KVHeads, Values
+from lit_longctx.model.head import token_nats, token_top1_correct, weighted_loss
 from lit_longctx.model.keys import OWN, KeySource, LayerSource, View
 from lit_longctx.model.layers import Layers
 from lit_longctx.position import PositionScheme
@@ -232,19 +226,19 @@ class Llama(nn.Module):
     def loss(
         self, batch: Batch, source: KeySource = OWN
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch seq"]]:
-        """(Σ loss_weights·nats with gradient, nats detached): the cheaper door, for training."""
+        """(Σ loss_weights·nats with gradient, nats detached): the cheaper one, for training."""
         hidden = self.hidden(batch, source).flatten(0, 1)
         labels, weights = batch.labels.flatten(), batch.loss_weights.flatten()
         loss, nats = weighted_loss(hidden, self.head_weight, labels, weights)
         return loss, nats.view(batch.labels.shape)
 
-    def hits(
+    def top1_correct(
         self, batch: Batch, source: KeySource = OWN
     ) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
         """(nats, whether each target is the likeliest token), without gradient."""
         hidden, labels = self.hidden(batch, source).flatten(0, 1), batch.labels
-        nats, hits = token_hits(hidden, self.head_weight, labels.flatten())
-        return nats.view(labels.shape), hits.view(labels.shape)
+        nats, top1_correct = token_top1_correct(hidden, self.head_weight, labels.flatten())
+        return nats.view(labels.shape), top1_correct.view(labels.shape)
 
     def logits(
         self, batch: Batch, cache: KeySource | None = None, last: int | None = None

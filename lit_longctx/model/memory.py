@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lit_longctx.batch import NO_TARGET, Batch, Documents
-from lit_longctx.model.attention import AttentionBackend, KVHeads, Values
+from lit_longctx.model.backend import AttentionBackend, KVHeads, Values
 from lit_longctx.model.keys import KeySource, LayerSource, SeenKeys, SeenValues, View, make_views
 from lit_longctx.model.layers import LayerKind
 

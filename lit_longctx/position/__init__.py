@@ -1,4 +1,4 @@
-"""Position schemes: how a token's place reaches attention."""
+"""Position schemes: how a token's position reaches attention."""
 
 from lit_longctx.position.longrope import LongRoPE
 from lit_longctx.position.nope import NoPE

@@ -32,7 +32,7 @@ class LongRoPE(Rotary):
     original_context: int | None = field(default=None, kw_only=True)
     """L: tokens per sequence the model was trained on; default: as the checkpoint says."""
     unscaled_tokens: int = 0
-    """n̂: so many first places of a document are not interpolated; Hugging Face lacks it."""
+    """n̂: so many first positions of a document are not interpolated; Hugging Face lacks it."""
 
     rope_type = "longrope"
     rope_fields = ("theta", "factor", "short_factor", "long_factor", "original_context")
@@ -81,7 +81,7 @@ class LongRoPE(Rotary):
         head_dim: int,
         documents: Documents | None = None,
     ) -> Float[Tensor, "batch seq code"]:
-        """Return [cos | sin]; documents choose between short and long factors, places by n̂."""
+        """Return [cos | sin]; documents choose between short and long factors, positions by n̂."""
         device = position_ids.device
         long = (document_lengths(position_ids, documents) > self.known_context).unsqueeze(-1)
         frequencies = torch.where(
@@ -89,7 +89,7 @@ class LongRoPE(Rotary):
             self._divided(self.long_factor, head_dim).to(device),
             self._divided(self.short_factor, head_dim).to(device),
         )
-        places = position_ids.unsqueeze(-1).float()
+        positions = position_ids.unsqueeze(-1).float()
         plain = base_frequencies(self.theta, head_dim).to(device)
-        frequencies = torch.where(places < self.unscaled_tokens, plain, frequencies)
-        return cos_sin(places * frequencies, self.attention_factor)
+        frequencies = torch.where(positions < self.unscaled_tokens, plain, frequencies)
+        return cos_sin(positions * frequencies, self.attention_factor)

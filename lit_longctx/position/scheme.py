@@ -28,7 +28,7 @@ class Source(Protocol):
 
 
 class PositionScheme(ABC):
-    """How a token's place reaches attention.
+    """How a token's position reaches attention.
 
     Schemes are frozen dataclasses: the object is its own config. They hold no buffers and no
     cache, so meta-device initialisation, resharding and evaluation at any length need nothing from
@@ -36,7 +36,7 @@ class PositionScheme(ABC):
     """
 
     depends_on_length = False
-    """Whether the code of a place depends on how long its document is."""
+    """Whether the code of a position depends on how long its document is."""
 
     @abstractmethod
     def encode(
@@ -45,7 +45,7 @@ class PositionScheme(ABC):
         head_dim: int,
         documents: Documents | None = None,
     ) -> Float[Tensor, "batch seq code"]:
-        """Return what the layers need to know of each place, in float32.
+        """Return what the layers need to know of each position, in float32.
 
         Computed once per forward pass and shared by all layers of a kind. `documents` are those of
         the tokens; they serve schemes that depend on how long a token's document is.

@@ -12,7 +12,7 @@ from lit_longctx.position.rotary import base_frequencies
 from lit_longctx.position.scheme import PositionScheme
 
 LOCALITY = 12.0
-"""Nats by which a head first prefers its own place to a far one; the best of 0 … 16 in a try."""
+"""Nats by which a head first prefers its own position to a far one; the best of 0 … 16 in a try."""
 
 
 class RelativeDistance(nn.Module):
@@ -69,7 +69,7 @@ class TransformerXL(PositionScheme):
         head_dim: int,
         documents: Documents | None = None,
     ) -> Float[Tensor, "batch seq code"]:
-        """Return [sin | cos] of every place, float32."""
+        """Return [sin | cos] of every position, float32."""
         frequencies = base_frequencies(self.theta, self.distance_dim or head_dim)
         angles = position_ids.unsqueeze(-1).float() * frequencies.to(position_ids.device)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -79,7 +79,7 @@ class TransformerXL(PositionScheme):
         return RelativeDistance(num_heads, head_dim, self.distance_dim or head_dim)
 
     def initial_weight(self, name: str, shape: torch.Size) -> Tensor:
-        """Start from a bias towards near places that has the shape of RoPE's own decay.
+        """Start from a bias towards near positions that has the shape of RoPE's own decay.
 
         u = 0, v = 1 and all rows of W_R alike: the score begins as q·k + LOCALITY·mean_i cos(dω_i)
         (after the softmax scale, in nats) plus a small part from q. Σ cos(dω_i) is how RoPE's

@@ -12,7 +12,7 @@ from lit_longctx.position.rotary import Rotary, base_frequencies, cos_sin, turn
 
 
 class RotateAndScale(nn.Module):
-    """Rotate, and let q grow and k shrink with the place, at the price of rotation; no weights."""
+    """Rotate, and let q grow and k shrink with the position; costs what rotation does."""
 
     def forward(
         self,
@@ -41,7 +41,7 @@ class XPos(Rotary):
     scale_base: float = 512.0
     """B: the larger, the slower the decay."""
     centre: int = 16_384
-    """c: place whose scale is 1, best half the context; queries and cached keys must share it."""
+    """c: position of scale 1, best half the context; queries and cached keys must share it."""
 
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
         """θ_i, as RoPE."""
@@ -55,11 +55,13 @@ class XPos(Rotary):
     ) -> Float[Tensor, "batch seq code"]:
         """Return [cos | sin] as q and as k has them; ValueError where a scale leaves float32."""
         self._check(int(position_ids.min()), int(position_ids.max()))
-        places = position_ids.unsqueeze(-1)
+        positions = position_ids.unsqueeze(-1)
         zeta = (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim + 0.4) / 1.4
         # the exponent is large far from the centre: float64 keeps the scale exact to float32
-        exponents = (places.double() - self.centre) / self.scale_base * zeta.log().to(places.device)
-        angles = places.float() * self.frequencies(head_dim).to(places.device)
+        exponents = (
+            (positions.double() - self.centre) / self.scale_base * zeta.log().to(positions.device)
+        )
+        angles = positions.float() * self.frequencies(head_dim).to(positions.device)
         scale = exponents.exp().float().repeat(1, 1, 2)
         turned = cos_sin(angles, 1.0)
         return torch.cat([turned * scale, turned / scale], dim=-1)
@@ -70,7 +72,7 @@ class XPos(Rotary):
         if farthest > allowed * self.scale_base:
             fitting = ceil((farthest + 1) / allowed)
             raise ValueError(
-                f"xPos scales leave float32 at place {last:,} with centre {self.centre:,}; "
+                f"xPos scales leave float32 at position {last:,} with centre {self.centre:,}; "
                 f"set scale_base to {fitting} or more, or centre to half the context"
             )
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_longctx.batch import Step
+from lit_longctx.batch import StepBatch
 from lit_longctx.checkpoint import Checkpoint
 from lit_longctx.checkpoint.companions import keep
 from lit_longctx.data.sampling.interface import TrainingData, describe_data
 from lit_longctx.progress import EVERY, Heartbeat, TimeLeft
 from lit_longctx.training.module import LanguageModule
+from lit_longctx.training.run_lock import RunLock
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -85,7 +86,7 @@ class ProgressLine(Callback):
         self.waited = 0.0
 
     def on_train_batch_start(
-        self, trainer: Trainer, module: LightningModule, batch: Step, i: int
+        self, trainer: Trainer, module: LightningModule, batch: StepBatch, i: int
     ) -> None:
         """Note how long the step waited for its data, and what it holds."""
         self.waited += time.monotonic() - self.fetched
@@ -97,7 +98,7 @@ class ProgressLine(Callback):
         self._set_clock(trainer.global_step + self.done / self.parts)
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Step, i: int
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: StepBatch, i: int
     ) -> None:
         """Count the step's tokens; print and log when it is time."""
         copies = module.copies if isinstance(module, LanguageModule) else 1
@@ -194,24 +195,50 @@ def never_validated(trainer: Trainer) -> str | None:
 
 
 class Checkpoints(Callback):
-    """Saves to RUN/checkpoints/step-N every few steps and at the end; keeps the newest.
+    """Saves to RUN/checkpoints/step-N every few steps, by the clock, and at the end.
 
     Args:
         every_n_steps: Steps between two checkpoints.
+        every_minutes: Minutes after which a step is saved in any case; by the first process' clock.
         keep: Checkpoints kept; older ones are deleted once a newer one is whole.
     """
 
-    def __init__(self, every_n_steps: int = 500, keep: int = 2) -> None:
+    def __init__(
+        self, every_n_steps: int = 500, keep: int = 2, every_minutes: float = 30.0
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep {keep}: at least one checkpoint must stay")
         if every_n_steps < 1:
             raise ValueError(f"checkpoints.every_n_steps {every_n_steps} must be 1 or more")
+        if every_minutes <= 0:
+            raise ValueError(f"checkpoints.every_minutes {every_minutes} must be above 0")
         self.every_n_steps = every_n_steps
+        self.every_minutes = every_minutes
+        self.saved_at = time.monotonic()
         self.keep = keep
         self.saved = -1
+        self.lock: RunLock | None = None
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Take the run folder for this run alone; every process learns of it if that fails."""
+        fault = None
+        if stage == "fit" and trainer.is_global_zero:
+            try:
+                self.lock = RunLock(run_folder(trainer))
+            except ValueError as error:
+                fault = str(error)
+        if fault := trainer.strategy.broadcast(fault):
+            raise ValueError(fault)
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Let another run have the folder."""
+        if self.lock:
+            self.lock.release()
+            self.lock = None
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Say so if only the end will be saved; remove what an earlier process left half saved."""
+        self.saved_at = time.monotonic()
         every, end = self.every_n_steps, trainer.max_steps
         if trainer.is_global_zero:
             if end // every == trainer.global_step // every:
@@ -225,7 +252,8 @@ class Checkpoints(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
         """Save when it is time."""
-        if trainer.global_step % self.every_n_steps == 0:
+        late = time.monotonic() - self.saved_at > 60 * self.every_minutes
+        if trainer.global_step % self.every_n_steps == 0 or trainer.strategy.broadcast(late):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -238,7 +266,7 @@ class Checkpoints(Callback):
     def _save(self, trainer: Trainer) -> None:
         folder = run_folder(trainer) / "checkpoints"
         trainer.save_checkpoint(folder / f"step-{trainer.global_step:08d}")
-        self.saved = trainer.global_step
+        self.saved, self.saved_at = trainer.global_step, time.monotonic()
         steps = sorted(p for p in folder.glob("step-????????") if p.is_dir())
         older = [p for p in steps if int(p.name[5:]) < self.saved]
         for path in older[: max(0, len(older) + 1 - self.keep)]:

@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import resource
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,7 @@ class CLI(LightningCLI):
         assert self.subcommand is not None
         options = self.config[self.subcommand]
         fill_in_launcher(options.trainer)
+        raise_file_limit()
         run = Path(options.trainer.default_root_dir or "runs/default")
         options.trainer.default_root_dir = str(run)
         options.ckpt_path = find_checkpoint(run, options.ckpt_path, resume=self.subcommand == "fit")
@@ -106,6 +109,13 @@ class CLI(LightningCLI):
         if options.get("logger") in (None, True):
             kwargs["logger"] = RunLog(options.default_root_dir)
         return super().instantiate_trainer(**kwargs)
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the system does: loader workers pass each tensor by a file."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def fill_in_launcher(trainer: Any) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_longctx.batch import Batch, Step
+from lit_longctx.batch import Batch, StepBatch
 from lit_longctx.checkpoint import (
     Checkpoint,
     describe,
@@ -24,7 +24,7 @@ from lit_longctx.data.sampling.interface import DataDescription, TrainingData, d
 from lit_longctx.data.tokens.tokenizer import check_tokenizer
 from lit_longctx.evaluation.loss.metrics import LossByPosition
 from lit_longctx.model import Llama, LlamaConfig, layers_of
-from lit_longctx.model.attention import AttnImplementation
+from lit_longctx.model.attention import AttnImplementation, automatic
 from lit_longctx.model.keys import OWN, KeySource
 from lit_longctx.model.memory import Memory
 from lit_longctx.position import PositionScheme, RoPE
@@ -44,7 +44,7 @@ class LanguageModule(LightningModule, ABC):
             checkpoint's. Default: the checkpoint's, or RoPE.
         attn_implementation: Attention back end.
         learning_rate: Peak learning rate of AdamW.
-        schedule: Course of the learning rate.
+        schedule: Learning rate by step.
         weight_decay: Of matrices; norms and biases are never decayed.
         betas: AdamW's decay rates of first and second moment.
         gradient_clip: Largest gradient norm.
@@ -52,7 +52,7 @@ class LanguageModule(LightningModule, ABC):
         activation_checkpointing: Recompute blocks in backward: less memory, a third more compute.
         compile: torch.compile every block.
         seed: Decides random weights.
-        memory: Windows that each row remembers (Transformer-XL's recurrence); needs data in lanes.
+        memory: Windows that each row remembers (Transformer-XL); needs data with contiguous rows.
     """
 
     def __init__(
@@ -114,8 +114,11 @@ class LanguageModule(LightningModule, ABC):
         self._check_data()
         if self.trainer.state.fn == "fit" and self.trainer.max_steps > 0:
             self.settings.check(self.trainer.max_steps)
+        attention = self.attn_implementation
+        if attention == "auto":
+            attention = automatic(self.trainer.strategy.root_device, self.compute_dtype)
         with torch.device("meta"):
-            llama = Llama(self.config, self.layers, self.attn_implementation)
+            llama = Llama(self.config, self.layers, attention)
         parallel.apply_recompute(llama)
         if self.activation_checkpointing:
             parallel.apply_activation_checkpointing(llama)
@@ -149,8 +152,10 @@ class LanguageModule(LightningModule, ABC):
 
     def _check_data(self) -> None:
         data, strategy = self.data, self.trainer.strategy
-        if self.memory and not data.lanes:
-            raise ValueError("memory needs rows that walk through documents; set data's lanes true")
+        if self.memory and not data.contiguous:
+            raise ValueError(
+                "memory needs rows that walk through documents; set data's contiguous true"
+            )
         if self.memory and isinstance(strategy, parallel.FSDP2Strategy) and strategy.context:
             raise ValueError("a memory needs whole rows; set memory 0, or context_parallel_size 1")
         if self.memory and self.layers.depend_on_length:
@@ -186,7 +191,7 @@ class LanguageModule(LightningModule, ABC):
 
     # ---- one step
 
-    def training_step(self, step: Step, step_index: int) -> None:
+    def training_step(self, step: StepBatch, step_index: int) -> None:
         """Run all micro-batches of an optimizer step and update."""
         assert self.llama is not None
         optimizer = self.optimizers()
@@ -230,7 +235,7 @@ class LanguageModule(LightningModule, ABC):
         """Have loggers count steps as the console does; Lightning would count from 0, by epoch."""
         self.log("step", float(self.trained_steps))
 
-    def _tell_balance(self, context: ContextParallel, step: Step) -> None:
+    def _tell_balance(self, context: ContextParallel, step: StepBatch) -> None:
         """Say how evenly the documents of a first step give the processes attention to do."""
         self._told = True
         found = [context.imbalance(batch) for batch in step.micro_batches]
@@ -252,9 +257,11 @@ class LanguageModule(LightningModule, ABC):
     @property
     def settings(self) -> StageSettings:
         """Layers and learning rate of every step."""
-        return StageSettings(self.data.course, self.layers, self.learning_rate, self.schedule)
+        return StageSettings(
+            self.data.stage_schedule, self.layers, self.learning_rate, self.schedule
+        )
 
-    def _sources(self, step: Step) -> Sequence[KeySource]:
+    def _sources(self, step: StepBatch) -> Sequence[KeySource]:
         """Return the memory of each micro-batch's rows, if any; empty where rows jump."""
         if not self.memory:
             return [OWN] * len(step.micro_batches)
@@ -271,7 +278,7 @@ class LanguageModule(LightningModule, ABC):
         if isinstance(data := getattr(self.trainer, "datamodule", None), TrainingData):
             data.samples_consumed = samples
 
-    def _describe_blow_up(self, step: Step, found: StepResult) -> str:
+    def _describe_blow_up(self, step: StepBatch, found: StepResult) -> str:
         samples = [int(s) for batch in step.micro_batches for s in batch.samples]
         return (
             f"step {self.global_step}: loss {float(found.loss)}, gradient norm "
@@ -320,6 +327,7 @@ class LanguageModule(LightningModule, ABC):
         data = self.data
         checkpoint["samples_consumed"] = self.samples_consumed
         checkpoint["stages"] = data.stages_until(self.global_step)
+        checkpoint["data"] = data.identity
         before = self.start.trained_context if self.start else None
         trained = (before, data.context, data.window_until(self.global_step))
         context = max((tokens for tokens in trained if tokens is not None), default=None)
@@ -341,6 +349,8 @@ class LanguageModule(LightningModule, ABC):
         assert self.llama is not None
         self._count(checkpoint["samples_consumed"])
         self.loaded_step = step = checkpoint["global_step"]
+        if self.trainer.state.fn == "fit":
+            self.data.check_resumed(checkpoint.get("data"))
         stored, ours = checkpoint.get("stages"), self.data.stages_until(step)
         if self.trainer.state.fn == "fit" and stored != ours:
             raise ValueError(

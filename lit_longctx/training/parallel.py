@@ -31,6 +31,7 @@ from lit_longctx.checkpoint import (
     open_checkpoint,
     steps_of,
 )
+from lit_longctx.checkpoint.unpickling import check_pickles
 from lit_longctx.context_parallel import ContextParallel, ContextParallelName, context_parallel
 from lit_longctx.model import MLP, Llama
 
@@ -47,8 +48,8 @@ def apply_sharding(llama: Llama, mesh: DeviceMesh, compute: torch.dtype) -> None
     for block in llama.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(llama, mesh=mesh, mp_policy=policy)
-    for door in ("loss", "hits", "logits"):
-        register_fsdp_forward_method(llama, door)
+    for method in ("loss", "top1_correct", "logits"):
+        register_fsdp_forward_method(llama, method)
 
 
 def apply_activation_checkpointing(llama: Llama) -> None:
@@ -212,6 +213,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             print(f"going on from {opened.path}", flush=True)
         if self.check_model is not None:
             self.check_model(opened)
+        check_pickles(opened.path)
         with plain_errors():
             return super().load_checkpoint(opened.path, weights_only=weights_only)
 

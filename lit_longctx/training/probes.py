@@ -12,7 +12,7 @@ from lit_longctx.data.store.windows import Windows
 from lit_longctx.data.tokens.tokenizer import open_tokenizer
 from lit_longctx.evaluation.evaluate import haystack
 from lit_longctx.evaluation.retrieval.grid import Grid, Probe
-from lit_longctx.evaluation.retrieval.probes import forced
+from lit_longctx.evaluation.retrieval.probes import teacher_forced
 from lit_longctx.evaluation.retrieval.prompts import Haystack
 from lit_longctx.model import Llama
 from lit_longctx.training.module import LanguageModule
@@ -36,8 +36,10 @@ class Probes(Callback):
         tasks: list[str] = ["needle"],  # noqa: B006 - never changed
         grid: Grid = Grid(),
     ) -> None:
-        if grid.answers != "forced":
-            raise ValueError("grid.answers generated would stop the run for long; set it to forced")
+        if grid.answers != "teacher_forced":
+            raise ValueError(
+                "grid.answers generated would stop the run for long; set it to teacher_forced"
+            )
         self.tasks = tasks
         self.grid = grid
         self.probes: dict[str, Probe] = {}
@@ -46,7 +48,7 @@ class Probes(Callback):
         """Refuse now what could not be asked later."""
         hay = self._haystack(trainer)
         self.probes = {name: Probe(name, self.grid, hay) for name in self.tasks}
-        self.units = {name: probe.units() for name, probe in self.probes.items()}
+        self.items = {name: probe.eval_items() for name, probe in self.probes.items()}
 
     def _haystack(self, trainer: Trainer) -> Haystack:
         data = getattr(trainer, "datamodule", None)
@@ -72,16 +74,16 @@ class Probes(Callback):
                 self._show(module, probe, scores)
 
     def _answers(self, probe: Probe, name: str, module: LightningModule) -> np.ndarray:
-        """Return hit and mean nats of each unit; every process runs the model as often."""
-        units = self.units[name]
-        found = torch.zeros(len(units), 2, dtype=torch.float64, device=module.device)
+        """Return hit and mean nats of each item; every process runs the model as often."""
+        items = self.items[name]
+        found = torch.zeros(len(items), 2, dtype=torch.float64, device=module.device)
         llama = module.llama
         assert isinstance(llama, Llama)
         rank, ranks = data_rank(module.trainer)
-        for first in range(0, len(units), ranks):
+        for first in range(0, len(items), ranks):
             number = first + rank
-            answer = forced(llama, [probe.sample(units[min(number, len(units) - 1)])])[0]
-            if number < len(units):
+            answer = teacher_forced(llama, [probe.sample(items[min(number, len(items) - 1)])])[0]
+            if number < len(items):
                 found[number] = torch.tensor([float(answer.exact), float(answer.nats.mean())])
         if dist.is_initialized():
             dist.all_reduce(found)

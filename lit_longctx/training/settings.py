@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lit_longctx.data.sampling.stages import Course
+from lit_longctx.data.sampling.stages import StageSchedule
 from lit_longctx.model.layers import Layers
 from lit_longctx.training.schedule import Schedule, Warmup
 
@@ -11,7 +11,7 @@ from lit_longctx.training.schedule import Schedule, Warmup
 class StageSettings:
     """Layers and learning rate of every step: the run's own, or those of its stage."""
 
-    course: Course
+    stage_schedule: StageSchedule
     layers: Layers
     """Of stages that name no theta."""
     learning_rate: float
@@ -21,22 +21,22 @@ class StageSettings:
     def check(self, max_steps: int) -> None:
         """Raise ValueError if a run of `max_steps`, or a stage of it, ends before its warm-up."""
         if isinstance(self.schedule, Warmup):
-            anew = [s.steps for s in self.course.stages if s.learning_rate is not None]
+            anew = [s.steps for s in self.stage_schedule.stages if s.learning_rate is not None]
             self.schedule.check(min(anew, default=max_steps))
 
     def layers_at(self, step: int) -> Layers:
         """Return the layers of a step: a stage may have its own theta."""
-        theta = self.course.stages[self.course.at(step)].theta
+        theta = self.stage_schedule.stages[self.stage_schedule.at(step)].theta
         return self.layers if theta is None else self.layers.with_theta(theta)
 
     def all_layers(self) -> list[Layers]:
         """Return the layers of every stage."""
-        return [self.layers_at(step) for step in self.course.steps[:-1]]
+        return [self.layers_at(step) for step in self.stage_schedule.steps[:-1]]
 
     def learning_rate_at(self, step: int, max_steps: int) -> float:
         """Return the rate of a step of a run of `max_steps`; a stage's own rate begins anew."""
-        number = self.course.at(step)
-        own, begin = self.course.stages[number], self.course.steps[number]
+        number = self.stage_schedule.at(step)
+        own, begin = self.stage_schedule.stages[number], self.stage_schedule.steps[number]
         if own.learning_rate is None:
             return self.learning_rate * self.schedule.factor(step, max_steps)
         return own.learning_rate * self.schedule.factor(step - begin, own.steps)

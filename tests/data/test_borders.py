@@ -66,7 +66,7 @@ def folder(tmp_path_factory, texts):
 def epoch(folder, window, packing):
     """All windows of an epoch as one batch."""
     data = PretrainData({"a": Source(str(folder))}, window, window, packing=packing)
-    readers = dict(enumerate(data.readers(data.course.stages[0]).values()))
+    readers = dict(enumerate(data.readers(data.stage_schedule.stages[0]).values()))
     return data.batch(readers, [(0, i, i) for i in range(len(readers[0]))], training=True)
 
 
@@ -186,7 +186,7 @@ def test_held_out_loss_counts_the_ends(tmp_path, texts):
     for weight in llama.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     measure = HeldOutLoss({"a": windows}, 1000)
-    cells = [measure.measure(llama, unit) for unit in measure.units()]
+    cells = [measure.measure(llama, unit) for unit in measure.eval_items()]
     targets = sum(number for window in cells for *_, number in window)
     # every token but the first of each document, as far as the windows reach
     begins = np.cumsum([0, *lengths])[:-1]

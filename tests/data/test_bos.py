@@ -193,7 +193,7 @@ def test_documents_without_bos_are_learnt_but_for_their_first_token(tmp_path: Pa
     out = str(tmp_path / "out")
     prepare(rows(tmp_path), out, saved(tmp_path / "t", None), held_out=0)
     data = PretrainData({"a": Source(out)}, window=256, batch_tokens=256, packing=packing)
-    readers = dict(enumerate(data.readers(data.course.stages[0]).values()))
+    readers = dict(enumerate(data.readers(data.stage_schedule.stages[0]).values()))
     batches = [data.batch(readers, [(0, i, i)], True) for i in range(len(readers[0]))]
     targets = sum(int((batch.labels >= 0).sum()) for batch in batches)
     ends = sum(int((batch.labels == 2).sum()) for batch in batches)

@@ -14,7 +14,7 @@ from lit_longctx.data.finetuning import ChatSource, FinetuneData
 from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.pretraining import PretrainData, Source
 from lit_longctx.data.sampling.conversations import Conversations
-from lit_longctx.data.sampling.places import PoSE
+from lit_longctx.data.sampling.position_transforms import PoSE
 from lit_longctx.data.sampling.steps import HeldOut, Steps
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
@@ -172,10 +172,15 @@ def test_what_is_cut_and_left_out_is_told(folder, tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"sorted": True}, {"weight": 3.0, "long": 1.0}])
 def test_steps_are_the_same_on_any_layout(folder, ranks, settings):
     places = PoSE(1024)
-    alone = Steps(data(folder, places=places, **settings), 0, 1)
+    alone = Steps(data(folder, position_transform=places, **settings), 0, 1)
     parts = [
         Steps(
-            data(folder, places=places, micro_batch_size=2 if ranks == 1 else 1, **settings),
+            data(
+                folder,
+                position_transform=places,
+                micro_batch_size=2 if ranks == 1 else 1,
+                **settings,
+            ),
             r,
             ranks,
         )
@@ -241,7 +246,7 @@ def test_micro_batches_are_as_wide_as_their_longest_row(folder):
 
 
 def test_validation_is_on_answers_where_they_stand(folder):
-    module = data(folder, input_loss=1.0, places=PoSE(4096))
+    module = data(folder, input_loss=1.0, position_transform=PoSE(4096))
     batch = HeldOut(module, 0, 1)[0]
     targets = bytes(t for t in batch.labels[0].tolist() if t not in (NO_TARGET, EOS)).decode()
     documents = batch.documents.lengths()[0]

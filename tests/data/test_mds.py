@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lit_longctx.data.store import mds
-from lit_longctx.data.store.mds import Packs, open_windows
+from lit_longctx.data.store.mds import MDSWindows, open_windows
 from lit_longctx.data.store.storage import ObjectStorage
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mds"
@@ -44,7 +44,7 @@ def edit(folder, **changes):
 
 @pytest.mark.parametrize("name", ["plain", "zstd", "bos", "json"])
 def test_a_window_as_long_as_an_item_is_the_item_and_padding(name, storage):
-    packs = Packs(GOLDEN / name, "train", ITEM, TOKENIZER, storage)
+    packs = MDSWindows(GOLDEN / name, "train", ITEM, TOKENIZER, storage)
     assert (len(packs), packs.tokens, packs.dropped) == (ITEMS, ITEMS * ITEM, 0)
     for number in (3, 0, 4, 2, 1, 3):
         tokens, starts = packs[number]
@@ -56,7 +56,7 @@ def test_a_window_as_long_as_an_item_is_the_item_and_padding(name, storage):
 
 @pytest.mark.parametrize("length", [1, 64, 100, 128, 200])
 def test_shorter_windows_are_cut_from_items_and_never_join_them(length, storage):
-    packs = Packs(GOLDEN / "zstd", "train", length, TOKENIZER, storage)
+    packs = MDSWindows(GOLDEN / "zstd", "train", length, TOKENIZER, storage)
     expected, begins = [], []
     for number in range(ITEMS):
         tokens, starts = item(number)
@@ -72,11 +72,11 @@ def test_shorter_windows_are_cut_from_items_and_never_join_them(length, storage)
 def test_longer_windows_are_refused(storage):
     message = f"packed to {ITEM} tokens; set a window of {ITEM} or less$"
     with pytest.raises(ValueError, match=message):
-        Packs(GOLDEN / "plain", "train", ITEM + 1, TOKENIZER, storage)
+        MDSWindows(GOLDEN / "plain", "train", ITEM + 1, TOKENIZER, storage)
 
 
 def test_tokens_outside_all_spans_are_padding(copy, storage):
-    packs = Packs(copy, "train", ITEM, TOKENIZER, storage)
+    packs = MDSWindows(copy, "train", ITEM, TOKENIZER, storage)
     path = copy / "shard.00000.mds"
     end = np.array([200, ITEM], np.uint32).tobytes()
     assert path.read_bytes().count(end) == 2
@@ -88,7 +88,7 @@ def test_tokens_outside_all_spans_are_padding(copy, storage):
 
 def test_it_says_once_that_there_are_no_hashes(copy, storage, capsys):
     for _ in range(3):
-        Packs(copy, "train", ITEM, TOKENIZER, storage)
+        MDSWindows(copy, "train", ITEM, TOKENIZER, storage)
     assert capsys.readouterr().out.count("without hashes: only the sizes") == 1
 
 
@@ -113,7 +113,7 @@ def read_all(packs, queue):
 
 
 def test_copies_in_other_processes_read_the_same(storage):
-    packs = Packs(GOLDEN / "zstd", "train", ITEM, TOKENIZER, storage)
+    packs = MDSWindows(GOLDEN / "zstd", "train", ITEM, TOKENIZER, storage)
     expected = [[*item(i)[0], -100] for i in range(ITEMS)]
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
@@ -128,7 +128,7 @@ def test_copies_in_other_processes_read_the_same(storage):
 def test_unpacked_shards_respect_the_cache_bound(tmp_path):
     shard = 2400  # bytes at most; two items
     storage = ObjectStorage(cache=str(tmp_path / "cache"), cache_gib=1.5 * shard / 2**30)
-    packs = Packs(GOLDEN / "zstd", "train", ITEM, TOKENIZER, storage)
+    packs = MDSWindows(GOLDEN / "zstd", "train", ITEM, TOKENIZER, storage)
     for number in (0, 4, 2, 0, 3, 1):
         assert packs[number][0].tolist() == [*item(number)[0], -100]
         files = [path for path in (storage.root / "files").rglob("*") if path.is_file()]
@@ -150,17 +150,17 @@ def test_unpacked_shards_respect_the_cache_bound(tmp_path):
 def test_a_broken_folder_is_refused(copy, storage, change, message):
     change(copy)
     with pytest.raises(ValueError, match=message):
-        Packs(copy, "train", ITEM, TOKENIZER, storage)
+        MDSWindows(copy, "train", ITEM, TOKENIZER, storage)
 
 
 def test_other_compressions_are_refused(copy, storage):
     edit(copy, compression="gz")
     with pytest.raises(ValueError, match=r"is compressed by gz; expected zstd or none"):
-        Packs(copy, "train", ITEM, TOKENIZER, storage)
+        MDSWindows(copy, "train", ITEM, TOKENIZER, storage)
 
 
 def test_items_of_another_length_are_refused(copy, storage):
-    packs = Packs(copy, "train", 128, TOKENIZER, storage)
+    packs = MDSWindows(copy, "train", 128, TOKENIZER, storage)
     packs.item_tokens = ITEM - 1
     with pytest.raises(ValueError, match=r"item 1 of .* has 256 tokens, the first 255; pack all"):
         packs[1]
@@ -183,6 +183,6 @@ def test_arrays_by_the_published_layout(shape, dtype):
 def test_items_without_spans_need_a_bos_that_is_no_eos(storage):
     same = {**TOKENIZER, "eos": TOKENIZER["bos"]}
     with pytest.raises(ValueError, match=r"no column indices .* write the shards with indices$"):
-        Packs(GOLDEN / "bos", "train", ITEM, same, storage)
-    tokens, starts = Packs(GOLDEN / "plain", "train", ITEM, same, storage)[1]
+        MDSWindows(GOLDEN / "bos", "train", ITEM, same, storage)
+    tokens, starts = MDSWindows(GOLDEN / "plain", "train", ITEM, same, storage)[1]
     assert (tokens.tolist(), np.flatnonzero(starts).tolist()) == ([*item(1)[0], -100], item(1)[1])

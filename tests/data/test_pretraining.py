@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lit_longctx.batch import Batch, Documents, Step
+from lit_longctx.batch import Batch, Documents, StepBatch
 from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.pretraining import PretrainData, Source, read_batch
 from lit_longctx.data.sampling.steps import Steps
@@ -219,7 +219,7 @@ def test_seeds_differ_and_epochs_have_no_end(folder, reference):
 
 def test_a_step_is_packed_batches(folder):
     step = next(iter(attach(data(folder, micro_batch_size=2, num_workers=2)).train_dataloader()))
-    assert isinstance(step, Step)
+    assert isinstance(step, StepBatch)
     stream = {i: flat(folder / name, "train") for i, name in enumerate(NAMES)}
     for batch in step.micro_batches:
         assert isinstance(batch, Batch)

@@ -22,9 +22,9 @@ import torch
 
 from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.pretraining import SHUFFLED_CHUNKS, PretrainData, Source
-from lit_longctx.data.sampling.order import Order
+from lit_longctx.data.sampling.sample_index import SampleIndex
 from lit_longctx.data.store import remote
-from lit_longctx.data.store.mds import Packs
+from lit_longctx.data.store.mds import MDSWindows
 from lit_longctx.data.store.storage import ObjectStorage
 from lit_longctx.data.store.windows import Windows
 
@@ -204,7 +204,7 @@ def test_an_epoch_in_groups_fetches_each_chunk_once(uploaded, local, cache):
     index = (local / "train" / "index.json").stat().st_size
     room = (SHUFFLED_CHUNKS + 1) * CHUNK_BYTES + index
     windows = Windows(URL, "train", 512, ObjectStorage(str(cache), cache_gib=room / 2**30))
-    order = Order([len(windows)], None, 0, [SHUFFLED_CHUNKS * CHUNK // 512])
+    order = SampleIndex([len(windows)], None, 0, [SHUFFLED_CHUNKS * CHUNK // 512])
     read = [order(sample)[1] for sample in range(len(windows))]
     assert sorted(read) == list(range(len(windows)))
     for window in read:
@@ -218,7 +218,7 @@ def test_an_epoch_in_groups_fetches_each_chunk_once(uploaded, local, cache):
 
 def test_an_epoch_fetches_each_chunk_once_where_two_groups_fit(uploaded, local, cache):
     windows = Windows(URL, "train", 512, of(cache, CHUNKS + 2))
-    order = Order([len(windows)], None, 0, [SHUFFLED_CHUNKS * CHUNK // 512])
+    order = SampleIndex([len(windows)], None, 0, [SHUFFLED_CHUNKS * CHUNK // 512])
     for sample in range(2 * len(windows)):
         windows[order(sample)[1]]
     assert chunk_fetches(windows) == {f"train/chunk-0-{i}.bin": 1 for i in range(CHUNKS)}
@@ -486,8 +486,8 @@ def test_packed_items_come_from_object_storage(uploaded, cache, name):
     golden = Path(__file__).parents[1] / "golden" / "mds" / name
     upload(uploaded, golden, f"packs/{name}")
     storage = ObjectStorage(str(cache))
-    packs = Packs(f"s3://tokens/packs/{name}", "train", 128, {"bos": 1}, storage)
-    on_disk = Packs(golden, "train", 128, {"bos": 1}, ObjectStorage(str(cache / "other")))
+    packs = MDSWindows(f"s3://tokens/packs/{name}", "train", 128, {"bos": 1}, storage)
+    on_disk = MDSWindows(golden, "train", 128, {"bos": 1}, ObjectStorage(str(cache / "other")))
     for index in range(len(on_disk)):
         for ours, theirs in zip(packs[index], on_disk[index], strict=True):
             assert ours.tolist() == theirs.tolist()

@@ -11,11 +11,11 @@ from lit_longctx.data.making import self_instruct
 from lit_longctx.data.making.self_instruct import (
     STYLES,
     Generator,
-    Interview,
     Passage,
-    Replies,
+    QAGenerator,
     Reply,
-    Tally,
+    Report,
+    ResponseCache,
     Unanswered,
     draw,
     in_order,
@@ -106,7 +106,7 @@ def test_a_reply_is_asked_for_once(tmp_path):
         return Reply("text \ud800 ü\n", 3, 4)
 
     for run in range(2):
-        with Replies(path) as replies:
+        with ResponseCache(path) as replies:
             for _ in range(2):
                 assert replies.recall({"b": 1, "a": "ü"}, ask) == ("text \ud800 ü\n", 3, 4)
             assert list(replies.spent.values()) == [1 - run, 1 + run, 6, 8]
@@ -136,8 +136,8 @@ GOOD = "<question>Who {x}?</question><answer>Ada {y}</answer>", "Fine. <verdict>
 def test_a_row_says_what_it_is_made_of(tmp_path):
     passage = draw(Document(TEXT + "{brace}", "book"), 1, 300, seed=5)
     parrot = Parrot(*GOOD, model="m")
-    with Replies(tmp_path / "x.asked") as replies:
-        row = Interview(parrot, replies, 5).row(passage)
+    with ResponseCache(tmp_path / "x.asked") as replies:
+        row = QAGenerator(parrot, replies, 5).row(passage)
     assert row
     assert (row["id"], row["document"]) == ("book#1", TEXT + "{brace}")
     assert (row["question"], row["answer"]) == ("Who {x}?", "Ada {y}")
@@ -167,11 +167,11 @@ def test_whatever_decides_a_request_makes_it_a_new_one(tmp_path):
         (passage._replace(style="short"), 0, identity),
     ]
     seeds = []
-    with Replies(tmp_path / "x.asked") as replies:
+    with ResponseCache(tmp_path / "x.asked") as replies:
         for expected in (2, 0):
             for passage, seed, identity in settings:
                 parrot = Parrot(*GOOD, **identity)
-                assert Interview(parrot, replies, seed).row(passage)
+                assert QAGenerator(parrot, replies, seed).row(passage)
                 assert len(parrot.asked) == expected
                 seeds += [seed for _, seed in parrot.asked]
     assert len(set(seeds)) == len(seeds) == 2 * len(settings)
@@ -179,11 +179,11 @@ def test_whatever_decides_a_request_makes_it_a_new_one(tmp_path):
 
 
 def test_an_answer_that_is_taken_back_makes_no_row(tmp_path):
-    with Replies(tmp_path / "x.asked") as replies:
+    with ResponseCache(tmp_path / "x.asked") as replies:
         parrot = Parrot(GOOD[0], "Wrong: <verdict>no</verdict>")
-        assert Interview(parrot, replies, 0).row(draw(Document(TEXT, "a"), 0, 9, 0)) is None
+        assert QAGenerator(parrot, replies, 0).row(draw(Document(TEXT, "a"), 0, 9, 0)) is None
         with pytest.raises(Unanswered, match=r"^empty reply$"):
-            Interview(Parrot(GOOD[0], " "), replies, 0).row(draw(Document(TEXT, "b"), 0, 9, 0))
+            QAGenerator(Parrot(GOOD[0], " "), replies, 0).row(draw(Document(TEXT, "b"), 0, 9, 0))
 
 
 # ---- threads
@@ -260,27 +260,27 @@ def test_nothing_begins_once_something_has_failed_for_good():
 
 
 def test_too_many_failures_stop_the_run_but_not_the_first_few():
-    tally = Tally(tolerated=0.25, kept=15)
+    report = Report(tolerated=0.25, kept=15)
     for i in range(5):
-        tally.fail(f"book#{i}", Unanswered("HTTP 500", "over\nloaded"))
-    tally.check()
+        report.fail(f"book#{i}", Unanswered("HTTP 500", "over\nloaded"))
+    report.check()
     message = (
         r"^6 of 21 questions failed \(tolerated: 25\.0%\), most often by HTTP 500 \(6, first "
         r"book#0: over\\nloaded\); replies are kept: mend it and start again, or raise "
     )
     with pytest.raises(ValueError, match=message):
-        tally.fail("book#9", Unanswered("HTTP 500"))
-    few = Tally(tolerated=0.0)
+        report.fail("book#9", Unanswered("HTTP 500"))
+    few = Report(tolerated=0.0)
     few.fail("book#0", Unanswered("timeout"))
     with pytest.raises(ValueError, match=r"^1 of 1 questions failed .* first book#0\)"):
         few.check()
 
 
 def test_the_report_adds_up():
-    tally = Tally(1.0, 7, Counter({"shorter than 9 characters": 2}), 3, 1)
-    tally.fail("a#0", Unanswered("timeout"))
-    tally.costs = {"requests": 1234}
-    assert tally.report().splitlines() == [
+    report = Report(1.0, 7, Counter({"shorter than 9 characters": 2}), 3, 1)
+    report.fail("a#0", Unanswered("timeout"))
+    report.costs = {"requests": 1234}
+    assert report.summary().splitlines() == [
         "7 documents: 3 rows kept, 1 filtered by critique, 1 failed",
         "  passed over 2: shorter than 9 characters",
         "  failed 1: timeout, first a#0",

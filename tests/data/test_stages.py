@@ -8,7 +8,7 @@ import pytest
 from data.test_pretraining import NAMES, WINDOW, attach, flat, folder, rows_of  # noqa: F401
 
 from lit_longctx.data.pretraining import PretrainData, Source
-from lit_longctx.data.sampling.stages import Course, Stage
+from lit_longctx.data.sampling.stages import Stage, StageSchedule
 from lit_longctx.data.sampling.steps import Steps
 
 STAGES = [
@@ -129,7 +129,7 @@ def test_sources_go_on_where_they_stopped_whatever_a_stage_reads(folder, packing
         Stage(steps[2], window=windows[2], batch_tokens=4 * windows[2], weights=mixed),
     ]
     module = data(folder, packing, stages=stages, micro_batch_size=1)
-    attach(module, max_steps=module.course.steps[-1])
+    attach(module, max_steps=module.stage_schedule.steps[-1])
     seen = [Counter(), Counter()]
     read = [0, 0]
     for step in module.train_dataloader():
@@ -161,8 +161,11 @@ def test_sources_go_on_where_they_stopped_whatever_a_stage_reads(folder, packing
         ({"stages": [Stage(5, batch_tokens=300)]}, "batch_tokens 300 is no multiple of window 256"),
         ({"stages": [Stage(5), Stage(5, learning_rate=1.0)]}, "a learning_rate each, or none"),
         ({"stages": [Stage(5, weights={"boks": 1})]}, "names source boks; sources are books"),
-        ({"stages": [Stage(5)], "lanes": True}, "lanes walk through documents"),
-        ({"stages": None, "packing": "best_fit", "lanes": True}, "lanes walk through documents"),
+        ({"stages": [Stage(5)], "contiguous": True}, "contiguous rows take no stages"),
+        (
+            {"stages": None, "packing": "best_fit", "contiguous": True},
+            "contiguous rows take no stages",
+        ),
     ],
 )
 def test_impossible_stages_are_refused(folder, settings, message):  # noqa: F811
@@ -215,7 +218,7 @@ def test_other_stages_than_the_run_began_with_are_refused(folder):  # noqa: F811
 
 
 def test_a_course_knows_the_stage_of_every_step():
-    course = Course([Stage(3, 256, 512), Stage(2, 512, 512)])
-    assert [course.at(step) for step in range(7)] == [0, 0, 0, 1, 1, 1, 1]
-    assert [course.first_sample(step) for step in range(6)] == [0, 2, 4, 6, 7, 8]
-    assert [course.tokens(sample, 3) for sample in (6, 7, 8)] == [1536, 2048, 2560]
+    stage_schedule = StageSchedule([Stage(3, 256, 512), Stage(2, 512, 512)])
+    assert [stage_schedule.at(step) for step in range(7)] == [0, 0, 0, 1, 1, 1, 1]
+    assert [stage_schedule.first_sample(step) for step in range(6)] == [0, 2, 4, 6, 7, 8]
+    assert [stage_schedule.tokens(sample, 3) for sample in (6, 7, 8)] == [1536, 2048, 2560]

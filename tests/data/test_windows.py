@@ -290,3 +290,11 @@ def test_copies_in_other_processes_read_the_same(whole, method, opened):
     worker.join()
     again = pickle.loads(pickle.dumps(windows))
     assert [again[i].tolist() for i in range(len(again))] == expected
+
+
+def test_an_altered_tokenizer_is_refused(whole, tmp_path):
+    folder = shutil.copytree(whole[0], tmp_path / "data")
+    file = next(p for p in sorted((folder / "tokenizer").iterdir()) if p.is_file())
+    file.write_bytes(file.read_bytes().replace(b"2", b"3"))
+    with pytest.raises(ValueError, match=f"tokenizer/{file.name} is altered"):
+        _ = Windows(folder, "train", 1536).tokenizer_folder

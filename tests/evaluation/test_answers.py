@@ -8,7 +8,7 @@ from lit_longctx.batch import one_document
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 from lit_longctx.evaluation.retrieval import probes
 from lit_longctx.evaluation.retrieval.answers import last_answer
-from lit_longctx.evaluation.retrieval.probes import forced, written
+from lit_longctx.evaluation.retrieval.probes import generated_answers, teacher_forced
 from lit_longctx.generate import reading
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
@@ -39,7 +39,7 @@ def test_all_turns_are_read_though_a_template_writes_bos_again(llama, eos):
     """Also where BOS ends a turn: against the logits of the whole conversation."""
     ids, answers = (np.array(column) for column in zip(*SAID, strict=True))
     ids[ids == EOS] = eos
-    found = forced(llama, [last_answer(ids, answers.astype(bool))])[0]
+    found = teacher_forced(llama, [last_answer(ids, answers.astype(bool))])[0]
     batch = reading(torch.from_numpy(ids)[None])
     assert batch.documents.boundaries.tolist() == one_document(1, len(ids)).boundaries.tolist()
     with torch.no_grad():
@@ -58,5 +58,5 @@ def test_an_answer_ends_with_its_turn(llama, monkeypatch):
     monkeypatch.setattr(probes, "generate", generate)
     ids, answers = (np.array(column) for column in zip(*SAID, strict=True))
     sample = last_answer(ids, answers.astype(bool))
-    assert written(llama, ByteTokenizer(), [sample], 5, end=10) == ["AB"]
+    assert generated_answers(llama, ByteTokenizer(), [sample], 5, end=10) == ["AB"]
     assert asked == {"most": 5, "eos": 10}

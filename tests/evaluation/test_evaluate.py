@@ -18,7 +18,7 @@ from lit_longctx.batch import Batch
 from lit_longctx.checkpoint import export_pretrained
 from lit_longctx.evaluation.evaluate import evaluate
 from lit_longctx.evaluation.loss.held_out import HeldOutLoss
-from lit_longctx.evaluation.loss.sliding import Slide
+from lit_longctx.evaluation.loss.sliding import SlidingWindow
 from lit_longctx.generate import reading
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import NoPE, PositionInterpolation, RoPE, TransformerXL, YaRN
@@ -316,7 +316,7 @@ def test_sliding_perplexity_of_whole_documents(
 ):
     """Against a loop that reads each target with the tokens its window holds."""
     folder, llama = next(iter(models.items()))
-    how = Slide([256, 512], 128, documents=2, tokens=512)
+    how = SlidingWindow([256, 512], 128, documents=2, tokens=512)
     found = evaluate([folder], data[1:], str(tmp_path), ["perplexity"], sliding=how, device="cpu")
     stream = held_out_tokens(data[1])
     begins = (stream == 256).nonzero().flatten().tolist()
@@ -364,7 +364,7 @@ def test_groups_of_processes_take_units_of_their_own(
         "--grid.lengths",
         "[384]",
         "--grid.answers",
-        "forced",
+        "teacher_forced",
     ]
     spread(4, result, data, "--context_parallel", "ulysses", *probes)
 

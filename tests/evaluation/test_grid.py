@@ -12,7 +12,7 @@ from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 from lit_longctx.evaluation.evaluate import evaluate
 from lit_longctx.evaluation.retrieval import grid as module
 from lit_longctx.evaluation.retrieval.grid import Grid, Probe
-from lit_longctx.evaluation.retrieval.probes import Forced
+from lit_longctx.evaluation.retrieval.probes import TeacherForced
 from lit_longctx.evaluation.retrieval.prompts import Haystack
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
@@ -29,7 +29,7 @@ def llama():
 
 
 def scores(probe, llama):
-    return [probe.measure(llama, unit) for unit in probe.units()]
+    return [probe.measure(llama, unit) for unit in probe.eval_items()]
 
 
 def test_every_cell_is_the_mean_over_its_own_prompts(llama, monkeypatch):
@@ -39,10 +39,10 @@ def test_every_cell_is_the_mean_over_its_own_prompts(llama, monkeypatch):
     def knowing(model, samples):
         (sample,) = samples
         seen.append(sample)
-        half = sample.places[0].start < len(sample.prompt_ids) / 2
-        return [Forced(half and len(sample.prompt_ids) == 400, np.zeros(1))]
+        half = sample.spans[0].start < len(sample.prompt_ids) / 2
+        return [TeacherForced(half and len(sample.prompt_ids) == 400, np.zeros(1))]
 
-    monkeypatch.setattr(module, "forced", knowing)
+    monkeypatch.setattr(module, "teacher_forced", knowing)
     probe = Probe("passkey", Grid([400, 600], [0.0, 100.0], samples=3), Haystack(CODER))
     assert probe.cells(scores(probe, llama)).tolist() == [[1.0, 0.0], [0.0, 0.0]]
     assert [len(sample.prompt_ids) for sample in seen] == [400] * 6 + [600] * 6
@@ -52,7 +52,9 @@ def test_every_cell_is_the_mean_over_its_own_prompts(llama, monkeypatch):
 def test_the_same_prompts_for_every_model(llama, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        module, "forced", lambda m, s: drawn.append(s[0]) or [Forced(True, np.zeros(1))]
+        module,
+        "teacher_forced",
+        lambda m, s: drawn.append(s[0]) or [TeacherForced(True, np.zeros(1))],
     )
     for _ in range(2):
         scores(Probe("passkey", Grid([400], [50.0], samples=4), Haystack(CODER)), llama)
@@ -60,7 +62,7 @@ def test_the_same_prompts_for_every_model(llama, monkeypatch):
         assert one.prompt_ids.tolist() == two.prompt_ids.tolist()
 
 
-@pytest.mark.parametrize("answers", ["forced", "generated"])
+@pytest.mark.parametrize("answers", ["teacher_forced", "generated"])
 def test_a_model_that_knows_nothing_finds_nothing(llama, answers):
     grid = Grid([400], [0.0, 50.0], samples=2, answers=answers)
     assert scores(Probe("passkey", grid, Haystack(CODER)), llama) == [0.0] * 4
@@ -112,7 +114,7 @@ def test_impossible_probes_are_refused(tmp_path: Path, tasks, lengths, message):
 def test_samples_of_the_needle_are_different_and_told(llama):
     grid = Grid([400], [0.0, 100.0], samples=3)
     probe = Probe("needle", grid, Haystack(CODER))
-    units = probe.units()
+    units = probe.eval_items()
     assert [unit["seed"] for unit in units] == [0, 1, 2] * 2
     assert len({probe.sample(unit).references for unit in units}) == 3
     values = {"a": [1.0, 1.0, 0.0, 0.0, 0.0, 0.0], "b": [1.0] * 6}
@@ -127,7 +129,7 @@ def test_samples_of_the_needle_are_different_and_told(llama):
 
 def test_one_prompt_says_why_there_is_no_interval():
     probe = Probe("first_sentence", Grid([800], samples=1), Haystack(CODER))
-    probe.units()
+    probe.eval_items()
     table = probe.report({"a": [0.0], "b": [1.0]}, 400).tables["first_sentence"]
     assert "+1.000 [–]" in table
     assert "[–]: an interval needs two prompts or more that reach there; one does" in table

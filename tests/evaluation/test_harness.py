@@ -401,7 +401,7 @@ def test_a_checkpoint_without_tokenizer_asks_for_one(tmp_path: Path):
     folder = str(export_pretrained(model(RoPE()), tmp_path / "hf"))
     with pytest.raises(ValueError, match="has no tokenizer; pass tokenizer=FOLDER in model_args"):
         HarnessModel(folder)
-    assert isinstance(HarnessModel(folder, tokenizer="bytes").coder, ByteTokenizer)
+    assert isinstance(HarnessModel(folder, tokenizer="bytes").tokenizer, ByteTokenizer)
 
 
 @pytest.mark.parametrize("rows", ["auto", 0, -1])

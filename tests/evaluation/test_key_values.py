@@ -1,4 +1,4 @@
-"""Prompts read back as text; a trained model's answers forced and generated, one by one."""
+"""Prompts read back as text; a trained model's answers teacher_forced and generated, one by one."""
 
 import re
 
@@ -12,7 +12,7 @@ from lit_longctx.batch import pack
 from lit_longctx.data.making import synthetic
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer, open_tokenizer
 from lit_longctx.evaluation.retrieval.key_values import KeyValues
-from lit_longctx.evaluation.retrieval.probes import forced, generated
+from lit_longctx.evaluation.retrieval.probes import generated, teacher_forced
 from lit_longctx.evaluation.retrieval.prompts import Haystack
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
@@ -74,7 +74,7 @@ def test_depth_counts_the_lines_before_the_asked_one(hay, length):
         _, pairs, question = lines_of(hay, sample)
         keys = [key for key, _ in pairs]
         assert keys.index(question[:-1]) == round((len(keys) - 1) * depth / 100)
-        (place,) = sample.places
+        (place,) = sample.spans
         assert place.text == f"{question[:-1]}: {sample.references[0]}"
         shown = hay.tokenizer.decode(sample.prompt_ids[place.start : place.stop].tolist())
         assert shown == f"\n{place.text}"
@@ -96,10 +96,10 @@ def test_lines_of_bytes_are_cut_to_the_byte():
 def test_seeds_lengths_and_depths_ask_for_other_keys(hay):
     cells = [(300, 50, 1), (300, 50, 2), (301, 50, 1), (300, 51, 1)]
     samples = [KeyValues().sample(hay, *cell) for cell in cells]
-    assert len({sample.places[0].text for sample in samples}) == 4
+    assert len({sample.spans[0].text for sample in samples}) == 4
     bare = Haystack(ByteTokenizer())
     for cell, sample in zip(cells, samples, strict=True):
-        assert KeyValues().sample(bare, *cell).places[0].text == sample.places[0].text
+        assert KeyValues().sample(bare, *cell).spans[0].text == sample.spans[0].text
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_teacher_forcing_says_of_every_prompt_what_generation_would():
     for cell, samples in known.items():
         asked = [*samples, *(task.sample(hay, *cell, seed) for seed in range(5, 10))]
         answers = generated(llama, coder, task, asked)
-        found = [each.exact for each in forced(llama, asked)]
+        found = [each.exact for each in teacher_forced(llama, asked)]
         pairs += zip(asked, found, answers, strict=True)
     assert len(pairs) == 200
     assert 60 < sum(exact for _, exact, _ in pairs) < 140

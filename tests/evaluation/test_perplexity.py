@@ -1,4 +1,4 @@
-"""Sliding windows against the loop of YaRN's evaluation over transformers' own loss."""
+"""SlidingWindowNats windows against the loop of YaRN's evaluation over transformers' own loss."""
 
 import math
 
@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from lit_longctx.checkpoint import export_pretrained
-from lit_longctx.evaluation.loss.perplexity import Sliding, perplexity, slide
+from lit_longctx.evaluation.loss.perplexity import (
+    SlidingWindowNats,
+    perplexity,
+    sliding_window_nats,
+)
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 
@@ -54,7 +58,7 @@ def by_transformers(model, ids, window, stride):
 )
 def test_windows_are_those_of_the_papers_code(llama, theirs, tokens, window, stride):
     ids = document(tokens)
-    found = slide(llama, ids, window, stride)
+    found = sliding_window_nats(llama, ids, window, stride)
     expected = by_transformers(theirs, ids, window, stride)
     np.testing.assert_allclose(found.means, expected, rtol=1e-5)
     paper = perplexity([found], mode="paper")
@@ -63,7 +67,9 @@ def test_windows_are_those_of_the_papers_code(llama, theirs, tokens, window, str
 
 def test_every_token_but_the_first_is_a_target_once(llama):
     for tokens, window, stride in ((300, 64, 16), (64, 64, 16), (65, 64, 16), (200, 64, 48)):
-        assert sum(slide(llama, document(tokens), window, stride).targets) == tokens - 1
+        assert (
+            sum(sliding_window_nats(llama, document(tokens), window, stride).targets) == tokens - 1
+        )
 
 
 def test_token_mode_is_the_mean_over_all_targets(llama, theirs):
@@ -76,12 +82,12 @@ def test_token_mode_is_the_mean_over_all_targets(llama, theirs):
             with torch.no_grad():
                 logits = theirs(torch.tensor(ids[begin:place])[None]).logits[0, -1]
             nats.append(-float(logits.log_softmax(-1)[ids[place]]))
-    found = perplexity([slide(llama, ids, 64, 1) for ids in texts])
+    found = perplexity([sliding_window_nats(llama, ids, 64, 1) for ids in texts])
     assert found == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-5)
 
 
 def test_bits_per_byte():
-    assert Sliding([math.log(2) * 3], [4]).bits_per_byte("éé…") == pytest.approx(12 / 7)
+    assert SlidingWindowNats([math.log(2) * 3], [4]).bits_per_byte("éé…") == pytest.approx(12 / 7)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +100,9 @@ def test_bits_per_byte():
 )
 def test_what_cannot_be_is_refused(llama, tokens, window, stride, message):
     with pytest.raises(ValueError, match=message):
-        slide(llama, document(tokens), window, stride)
+        sliding_window_nats(llama, document(tokens), window, stride)
 
 
 def test_unknown_mode():
     with pytest.raises(ValueError, match="mode 'words' unknown"):
-        perplexity([Sliding([1.0], [1])], mode="words")
+        perplexity([SlidingWindowNats([1.0], [1])], mode="words")

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from lit_longctx.evaluation.loss.held_out import law_table
 from lit_longctx.evaluation.statistics.scaling import (
     PowerLaw,
     extrapolate,
@@ -137,4 +138,8 @@ def test_what_does_not_fall_is_a_constant_and_no_law(losses):
     np.testing.assert_allclose(law(context), np.mean(losses), atol=1e-3)
     random = np.random.default_rng(0)
     rows = np.array(losses) + random.normal(0, 1e-4, (10, 5))
-    assert json.dumps(extrapolate(context, rows, draws=20).results()["identified"]) == "false"
+    found = extrapolate(context, rows, draws=20)
+    assert json.dumps(found.results()["identified"]) == "false"
+    assert law_table({"a": found, "b": found}) == (
+        "no power law can be told from these losses: a, b"
+    )

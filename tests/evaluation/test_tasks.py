@@ -14,7 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from lit_longctx.checkpoint import export_pretrained
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer, open_tokenizer
-from lit_longctx.evaluation.retrieval.probes import TASKS, forced, generated, task_named
+from lit_longctx.evaluation.retrieval.probes import TASKS, generated, task_named, teacher_forced
 from lit_longctx.evaluation.retrieval.prompts import Haystack, Hidden, hide, neutral_text, piece
 from lit_longctx.evaluation.retrieval.ruler import CommonWords, MultiKey
 from lit_longctx.evaluation.retrieval.tasks import FU_DEPTHS, FU_LENGTHS, SECRET, Needle, rouge_l
@@ -170,7 +170,7 @@ def check_cells(name, hay, read, lengths):
         assert coder.eos not in sample.prompt_ids
         assert 0 <= sample.prompt_ids.min() <= sample.prompt_ids.max() < coder.vocab_size
         text = read(sample.prompt_ids)
-        for place in sample.places:
+        for place in sample.spans:
             # first_sentence begins the hay, which comes to its sentence again at the end
             assert text.count(place.text) == 1 or (name, length) == ("first_sentence", 32_768)
             assert place.text in read(sample.prompt_ids[place.start : place.stop])
@@ -236,14 +236,14 @@ def other_answer(name, task, hay, length, depth, sample):
 def test_depth_is_the_share_of_hay_before_the_needle(name, hay, length):
     task = task_named(name)
     starts = {
-        depth: task.sample(hay, length, depth, seed=3).places[0].start
+        depth: task.sample(hay, length, depth, seed=3).spans[0].start
         for depth in (0, 0.5, 11, 37.5, 50, 99, 100)
     }
     if name == "passkey":  # keys differ in length with depth; one key would not
         key = [Hidden(depth, "\nThe pass key is 12345.\n") for depth in starts]
         starts = {
             hidden.depth: hide(hay.noise, length, "There", [hidden], "\nWhat?", ["12345"])
-            .places[0]
+            .spans[0]
             .start
             for hidden in key
         }
@@ -264,7 +264,7 @@ def test_needles_halve_no_character():
     moved = set()
     for depth in np.linspace(0, 100, 101):
         sample = hide(hay, 2000, "", [Hidden(depth, "The needle.")], "\nWhere?", ["here"])
-        (place,) = sample.places
+        (place,) = sample.spans
         before = bytes(sample.prompt_ids[1 : place.start].tolist())
         assert before.decode() == MIXED[: len(before.decode())]
         assert sample.prompt_ids[place.start : place.stop].tolist() == list(b"The needle.")
@@ -287,7 +287,7 @@ def test_every_seed_has_a_needle_and_a_text_of_its_own(hay, read):
     for seed, sample in enumerate(samples):
         assert task.score(sample, sample.answer) == 1
         assert task.score(sample, samples[seed - 1].answer) == 0
-        (place,) = sample.places
+        (place,) = sample.spans
         after = read(sample.prompt_ids[place.stop : place.stop + 60]).split(maxsplit=1)[1]
         assert after[:60] in text + " " + text  # the hay goes on where the needle was put
         other = task.sample(hay, 3000, 0, seed)
@@ -297,10 +297,10 @@ def test_every_seed_has_a_needle_and_a_text_of_its_own(hay, read):
 @TWO
 def test_fu_mode_puts_the_needle_after_a_sentence(hay, read):
     task = Needle(mode="fu")
-    first, last = (task.sample(hay, 3000, depth).places[0].start for depth in (0, 100))
+    first, last = (task.sample(hay, 3000, depth).spans[0].start for depth in (0, 100))
     for depth in FU_DEPTHS:
         sample = task.sample(hay, 3000, depth)
-        (place,) = sample.places
+        (place,) = sample.spans
         before = read(sample.prompt_ids[: place.start])
         assert before.endswith(".") or depth in (0, 100)
         assert read(sample.prompt_ids).endswith("do in San Francisco? Answer:")
@@ -534,7 +534,7 @@ def test_teacher_forcing_is_the_loss_and_greedy_decoding_of_transformers(llama, 
         wrong[-1] = (wrong[-1] + 1) % 256
         samples.append(sample._replace(answer_ids=wrong))
     samples += samples_of_bytes(500)
-    found = forced(llama, samples)
+    found = teacher_forced(llama, samples)
     assert [each.exact for each in found] == [True] * 4 + [False] * 12
     for sample, each in zip(samples, found, strict=True):
         ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.answer_ids]))[None]
@@ -551,8 +551,8 @@ def test_prompts_of_other_lengths_in_the_batch_change_nothing(llama):
     model = Llama(llama.config, scheme)
     model.load_state_dict(llama.state_dict())
     samples = [*samples_of_bytes(500)[:2], *samples_of_bytes(700)[3:6]]
-    for sample, each in zip(samples, forced(model, samples), strict=True):
-        (alone,) = forced(model, [sample])
+    for sample, each in zip(samples, teacher_forced(model, samples), strict=True):
+        (alone,) = teacher_forced(model, [sample])
         np.testing.assert_allclose(each.nats, alone.nats, rtol=1e-4)
 
 
@@ -561,7 +561,7 @@ def test_answers_are_generated_greedily(llama, theirs):
     samples = samples_of_bytes(500)[:2]
     found = generated(llama, coder, task, samples)
     for sample, answer in zip(samples, found, strict=True):
-        ids = continued(theirs, sample, task.room).tolist()
+        ids = continued(theirs, sample, task.max_new_tokens).tolist()
         ends = ids.index(coder.eos) if coder.eos in ids else len(ids)
         assert answer == coder.decode(ids[:ends])
     with pytest.raises(ValueError, match="generate for one length at a time"):

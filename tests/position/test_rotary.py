@@ -163,7 +163,7 @@ def test_xpos_refuses_places_whose_scales_leave_float32():
     cos_and_sin = finite.unflatten(-1, (2, 2, 64))  # of q and of k, times their scales
     assert (cos_and_sin.double().norm(dim=-2) > 0).all()
     with pytest.raises(
-        ValueError, match=r"leave float32 at place 80,000.*scale_base to (\d+)"
+        ValueError, match=r"leave float32 at position 80,000.*scale_base to (\d+)"
     ) as e:
         scheme.encode(torch.tensor([[0, 80_000]]), 128)
     fitting = int(str(e.value).split("scale_base to ")[1].split()[0])
@@ -252,14 +252,14 @@ RELATIVE = {
 @pytest.mark.parametrize("name", RELATIVE)
 @pytest.mark.parametrize("shift", [1000, 32_000, 128_000])
 def test_shift_invariance_is_as_good_as_ropes_own(name, shift):
-    """bf16 q and k at places up to 128k; the yardstick is what rounding does to RoPE itself."""
+    """bf16 q and k at places up to 128k; the baseline is what rounding does to RoPE itself."""
     scheme = RELATIVE[name]
     own = (score(scheme, shift, torch.bfloat16) - score(scheme, 0, torch.bfloat16)).abs().max()
-    yardstick = max(
+    baseline = max(
         (score(RoPE(), shift, torch.bfloat16, i) - score(RoPE(), 0, torch.bfloat16, i)).abs().max()
         for i in range(4)
     )
-    assert own <= 1.5 * yardstick * scheme.attention_factor**2
+    assert own <= 1.5 * baseline * scheme.attention_factor**2
 
 
 def test_attention_factors_of_the_literature():

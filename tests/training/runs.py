@@ -32,7 +32,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_longctx.batch import Step
+from lit_longctx.batch import StepBatch
 
 T = TypeVar("T")
 WINDOW = 256
@@ -322,7 +322,7 @@ class Ragged(Callback):
     """Weighs rows by their sample number, every third with 0, so that ranks differ in weight."""
 
     def on_train_batch_start(
-        self, trainer: Trainer, module: LightningModule, batch: Step, i: int
+        self, trainer: Trainer, module: LightningModule, batch: StepBatch, i: int
     ) -> None:
         for micro in batch.micro_batches:
             micro.loss_weights.mul_((micro.samples % 3).unsqueeze(1))
@@ -338,7 +338,7 @@ class Witness(Callback):
         self.write(resumed=trainer.global_step)
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Step, i: int
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: StepBatch, i: int
     ) -> None:
         seen = trainer.callback_metrics
         rows = [row for micro in batch.micro_batches for row in described(micro)]
@@ -422,7 +422,7 @@ class Leash(Callback):
         self.end = trainer.global_step + self.steps
 
     def on_train_batch_start(
-        self, trainer: Trainer, module: LightningModule, batch: Step, i: int
+        self, trainer: Trainer, module: LightningModule, batch: StepBatch, i: int
     ) -> None:
         if trainer.global_step >= self.end:
             signal.pause()
@@ -435,7 +435,7 @@ class StopAfter(Callback):
         self.step = step
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Step, i: int
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: StepBatch, i: int
     ) -> None:
         trainer.should_stop = trainer.global_step >= self.step
 
@@ -447,7 +447,7 @@ class Poison(Callback):
         self.rank, self.step = rank, step
 
     def on_train_batch_start(
-        self, trainer: Trainer, module: LightningModule, batch: Step, i: int
+        self, trainer: Trainer, module: LightningModule, batch: StepBatch, i: int
     ) -> None:
         self.before = [p.detach().clone() for p in module.parameters()]
         if (trainer.global_rank, trainer.global_step) == (self.rank, self.step):

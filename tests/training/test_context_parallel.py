@@ -142,11 +142,11 @@ def compare(case: Case) -> None:
     torch.testing.assert_close(*norms, atol=0, rtol=2e-6)
     with torch.no_grad():
         torch.testing.assert_close(spread(batch), nats, atol=3e-6, rtol=0)
-        assert torch.equal(spread.hits(batch)[1], plain.hits(batch)[1])
+        assert torch.equal(spread.top1_correct(batch)[1], plain.top1_correct(batch)[1])
 
 
 def perturb(name: str) -> None:
-    """Change one token: hidden states move from its own place on, in its own document only."""
+    """Change one token: hidden states move from its own position on, in its own document only."""
     if name == "ulysses" and HEADS["GQA"][0] % dist.get_world_size():
         return
     llama = build("RoPE", "GQA")
@@ -361,7 +361,7 @@ def _steps(lines: list[str]) -> Iterator[tuple[int, float]]:
 
 
 def test_a_memory_needs_whole_rows(tmp_path):
-    options = ["--model.init_args.memory", 1, "--data.init_args.lanes", "true"]
+    options = ["--model.init_args.memory", 1, "--data.init_args.contiguous", "true"]
     ran = runs.fit(tmp_path, *shared_by(2), *options, ranks=2)
     assert ran.code == 1
     assert "a memory needs whole rows" in ran.err

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from training.runs import own_process_group, quiet_trainer, whole_weights
 
-from lit_longctx.batch import Batch, Step, pack
+from lit_longctx.batch import Batch, StepBatch, pack
 from lit_longctx.data.sampling.interface import DataDescription, TrainingData, describe_data
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
@@ -58,10 +58,10 @@ def part(batch: Batch, first: int, number: int) -> Batch:
     return Batch(*(field[cut] for field in batch[:-1]), documents=documents)
 
 
-def step(batch: Batch, micro_batch_size: int) -> Step:
+def step(batch: Batch, micro_batch_size: int) -> StepBatch:
     parts = [part(batch, i, micro_batch_size) for i in range(0, ROWS, micro_batch_size)]
     after = int(batch.samples[-1]) + 1
-    return Step(parts, after, after * batch.input_ids.shape[1])
+    return StepBatch(parts, after, after * batch.input_ids.shape[1])
 
 
 class Watcher(Callback):
@@ -89,7 +89,7 @@ class Watcher(Callback):
         self.gradients.append({n: p.grad.full_tensor() for n, p in module.named_parameters()})
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Step, i: int
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: StepBatch, i: int
     ) -> None:
         self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items()})
         self.weights.append(whole_weights(module))
@@ -103,7 +103,7 @@ class Watcher(Callback):
 
 
 def train(
-    steps: Sequence[Step], folder: Path, watcher: Watcher | None = None, **options: Any
+    steps: Sequence[StepBatch], folder: Path, watcher: Watcher | None = None, **options: Any
 ) -> Watcher:
     """Run the steps under FSDP2 on one process."""
     options = {"learning_rate": 1e-2, "schedule": WarmupCosine(), **options}

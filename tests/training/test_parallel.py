@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from training import runs
 
 from lit_longctx import manifest
-from lit_longctx.batch import Step, pack
+from lit_longctx.batch import StepBatch, pack
 from lit_longctx.checkpoint import load_pretrained, newest_whole
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.training.callbacks import Checkpoints
@@ -116,7 +116,7 @@ RECURRENCE = {
             "position": {"class_path": "TransformerXL", "init_args": {"distance_dim": 8}},
         },
     },
-    "data": {"class_path": "PretrainData", "init_args": {"lanes": True}},
+    "data": {"class_path": "PretrainData", "init_args": {"contiguous": True}},
 }
 
 
@@ -207,7 +207,8 @@ def train(folder: Path, steps: int, *callbacks: Callback) -> None:
     """Train on noise, a step of two rows at a time, in this process."""
     rows = [torch.randint(2, CONFIG.vocab_size, (ROWS, 17)) for _ in range(steps)]
     data = [
-        Step([pack(tokens, bos=1)], ROWS * i, 16 * ROWS * i) for i, tokens in enumerate(rows, 1)
+        StepBatch([pack(tokens, bos=1)], ROWS * i, 16 * ROWS * i)
+        for i, tokens in enumerate(rows, 1)
     ]
     module = ContinualPretrain(config=CONFIG, compute_dtype="float32", learning_rate=1e-2)
     trainer = runs.quiet_trainer(folder, steps, list(callbacks))
@@ -268,7 +269,7 @@ class Torment(Callback):
         self.found: list[tuple[str | None, int]] = []
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Step, i: int
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: StepBatch, i: int
     ) -> None:
         self.weights[trainer.global_step] = runs.whole_weights(module)
         if trainer.global_step < 3:

@@ -95,7 +95,7 @@ def test_training_is_as_without_them(probed: runs.Ran):
     ("probes", "message"),
     [
         ({"tasks": ["guessing"]}, "task 'guessing' unknown"),
-        ({"grid": {"answers": "generated"}}, "set it to forced"),
+        ({"grid": {"answers": "generated"}}, "set it to teacher_forced"),
         ({"grid": {"lengths": [20]}}, "length 20 is shorter than the prompt"),
     ],
 )

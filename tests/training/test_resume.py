@@ -1,8 +1,11 @@
 """A run that was cut off goes on as if it had not been."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from itertools import chain
 from pathlib import Path
@@ -224,3 +227,74 @@ def test_every_file_of_a_checkpoint_is_hashed_once_by_one_process(how: str, tmp_
         print(
             f"{how}, process {rank} of {ranks}: {hashed:,} of {sum(sizes.values()):,} bytes hashed"
         )
+
+
+# ---- one run per folder, and its own data
+
+WARM = ["--model.init_args.schedule.init_args.warmup_steps", 1]
+"""For runs of a few steps."""
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tmp_path: Path):
+    endless = ["--trainer.max_steps", 100_000, "--checkpoints.every_n_steps", 100_000]
+    first = runs.Running(runs.fitting(tmp_path, *endless), tmp_path)
+    try:
+        lock, end = tmp_path / ".lock", time.monotonic() + runs.TIMEOUT
+        while not (lock.is_file() and "process" in lock.read_text()):
+            assert first.alive()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        for options in ([], ["--ckpt_path", "last"]):
+            second = runs.fit(tmp_path, *options)
+            assert second.code == 1
+            assert f"{tmp_path} is in use by process {first.processes[0].pid} on" in second.err
+            assert len(second.err.splitlines()) == 1
+        assert first.alive()
+    finally:
+        first.kill()
+    assert runs.fit(tmp_path, "--trainer.max_steps", 2, *WARM).code == 0
+
+
+CHANGES = [
+    pytest.param(["--data.init_args.seed", 7], "seed was 0, is 7", id="seed"),
+    pytest.param(["--data.init_args.packing", "best_fit"], "packing was concatenate", id="packing"),
+    pytest.param(["--data.init_args.sources.code.weight", 0.5], "weights was", id="weights"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "said"), CHANGES)
+def test_a_resume_with_other_data_is_refused_and_goes_on_knowingly(
+    options: list[Any], said: str, tmp_path: Path
+):
+    start = runs.alone().folder / "checkpoints" / "step-00000020"
+    refused = runs.fit(tmp_path / "a", "--ckpt_path", start, *options)
+    assert refused.code == 1
+    assert "the run's data has changed: " in refused.err
+    assert said in refused.err
+    allowed = [*options, "--data.init_args.allow_changed_data", "true"]
+    assert runs.fit(tmp_path / "b", "--ckpt_path", start, *allowed).code == 0
+
+
+@pytest.mark.slow
+def test_many_micro_batches_fit_into_the_usual_limit_of_open_files(tmp_path: Path):
+    """128 micro-batches a step and 2 loader workers, begun under a soft limit of 1,024 files."""
+    rows = ["--data.init_args.batch_tokens", 128 * runs.WINDOW]
+    small = [*rows, "--data.init_args.micro_batch_size", 1, "--data.init_args.num_workers", 2]
+    arguments = runs.fitting(tmp_path, *small, "--trainer.max_steps", 2, *WARM)
+    command = [sys.executable, "-m", "lit_longctx.cli", *map(str, arguments)]
+    limited = ["bash", "-c", 'ulimit -Sn 1024; exec "$@"', "bash", *command]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    ran = subprocess.run(limited, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+def test_the_clock_saves_too(tmp_path: Path):
+    """Every step is later than 1e-6 minutes after the last."""
+    clock = ["--checkpoints.every_n_steps", 1000, "--checkpoints.every_minutes", 1e-6]
+    ran = runs.fit(
+        tmp_path, *clock, "--trainer.max_steps", 3, *WARM, "--checkpoints.keep", 5
+    ).succeeded()
+    names = sorted(p.name for p in (ran.folder / "checkpoints").glob("step-*"))
+    assert names == [f"step-{n:08d}" for n in (1, 2, 3)]

@@ -4,7 +4,7 @@ from math import cos, pi, sqrt
 
 import pytest
 
-from lit_longctx.data.sampling.stages import Course, Stage
+from lit_longctx.data.sampling.stages import Stage, StageSchedule
 from lit_longctx.model.layers import Layers
 from lit_longctx.position import RoPE
 from lit_longctx.training.schedule import Schedule, WarmupConstant, WarmupCosine, WarmupLinear
@@ -84,7 +84,7 @@ def test_warmup_may_be_a_share_of_the_run(kind: type):
 
 
 def settings(schedule: Schedule, *stages: Stage) -> StageSettings:
-    return StageSettings(Course(stages), Layers.alike(RoPE(), 1), 1.0, schedule)
+    return StageSettings(StageSchedule(stages), Layers.alike(RoPE(), 1), 1.0, schedule)
 
 
 @pytest.mark.parametrize("kind", [WarmupConstant, WarmupCosine, WarmupLinear])

@@ -21,9 +21,9 @@ from lit_longctx.data.making.dependency import DependencyFilter, DependencyScore
 from lit_longctx.data.making.interleave import Interleave
 from lit_longctx.data.making.read_progress import Reading
 from lit_longctx.data.making.scale import Executor, in_parts
-from lit_longctx.data.reading.documents import Document, Faults, Reader, Unit, part_of
+from lit_longctx.data.reading.documents import Document, Faults, FilePart, Reader, part_of
 from lit_longctx.data.reading.inputs import Selection
-from lit_longctx.data.sampling.conversations import conversation_units, rendered, set_apart_by
+from lit_longctx.data.sampling.conversations import conversation_file_parts, rendered, set_apart_by
 from lit_longctx.data.store.chunks import BLOCK, SPLITS, SplitWriter
 from lit_longctx.data.tokens.chat_template import ChatTemplate
 from lit_longctx.data.tokens.encode import encoded
@@ -147,10 +147,10 @@ class Preparation:
         same = {name: value for name, value in vars(self).items() if name not in OWN}
         return same | {"input": anywhere(self.input), "tokenizer": anywhere(self.tokenizer)}
 
-    def settings(self, units: list[Unit]) -> dict[str, Any]:
+    def settings(self, file_parts: list[FilePart]) -> dict[str, Any]:
         """What decides the documents' tokens and split: all parts must agree on it."""
         return {
-            "units": hashed(unit.name for unit in units),
+            "units": hashed(file_part.name for file_part in file_parts),
             "held_out": self.held_out,
             "reader": vars(self.reader),
             "filter": self.filter and vars(self.filter),
@@ -161,7 +161,7 @@ class Preparation:
 class Stored(NamedTuple):
     """What a pipeline reports besides the tokens that it wrote."""
 
-    units: list[Unit]
+    file_parts: list[FilePart]
     """What was read, by name."""
     selection: Selection
     """Which files were taken and left."""
@@ -173,23 +173,23 @@ class Stored(NamedTuple):
 
 def run(given: Preparation) -> dict[str, Any]:
     """Read the input, write the folder and return its manifest."""
-    coder = open_tokenizer(given.tokenizer, given.bos, given.eos, given.add_bos)
-    print(describe_borders(coder, given.chat))
-    template = ChatTemplate(coder, given.chat_template) if given.chat else None
+    tokenizer = open_tokenizer(given.tokenizer, given.bos, given.eos, given.add_bos)
+    print(describe_borders(tokenizer, given.chat))
+    template = ChatTemplate(tokenizer, given.chat_template) if given.chat else None
     faults = Faults(given.tolerated)
     with manifest.whole_folder(Path(given.output)) as folder:
-        about = described(coder)
+        about = described(tokenizer)
         writers = {
             s: SplitWriter(folder / s, about, given.chunk_tokens, given.chat) for s in SPLITS
         }
         if template:
             stored = store_conversations(given, template, writers, faults)
         else:
-            stored = store_documents(given, coder, writers, faults)
+            stored = store_documents(given, tokenizer, writers, faults)
         faults.check()
         if given.parts == 1 and not writers["train"].ledger.documents:
             raise ValueError(f"input {given.input} holds no document to train on")
-        write(folder, writers, coder, template)
+        write(folder, writers, tokenizer, template)
         content = described_folder(given, about, writers, faults, stored)
         manifest.seal(folder, manifest.hash_files(folder), **content)
     print(report(content))
@@ -198,23 +198,23 @@ def run(given: Preparation) -> dict[str, Any]:
 
 
 def store_documents(
-    given: Preparation, coder: Tokenizer, writers: dict[str, SplitWriter], faults: Faults
+    given: Preparation, tokenizer: Tokenizer, writers: dict[str, SplitWriter], faults: Faults
 ) -> Stored:
     """Write documents: read, encoded, held out by name, then filtered and interleaved."""
-    scorer = opened_scorer(given.filter, described(coder)) if given.filter else None
+    scorer = opened_scorer(given.filter, described(tokenizer)) if given.filter else None
     selection = Selection()
-    units = given.reader.units(given.inputs, selection)
+    file_parts = given.reader.file_parts(given.inputs, selection)
     print(selection.report(), end="")
     excerpts: list[str] = []
-    with Reading(part_of(units, given.part, given.parts)) as reading:
-        documents = chain.from_iterable(unit.read(faults) for unit in reading.units)
-        pairs = encoded(sampled(documents, excerpts), coder, faults)
+    with Reading(part_of(file_parts, given.part, given.parts)) as reading:
+        documents = chain.from_iterable(file_part.read(faults) for file_part in reading.file_parts)
+        pairs = encoded(sampled(documents, excerpts), tokenizer, faults)
         pairs = set_aside(pairs, given.held_out, writers["held_out"])
         for step in (scorer, given.interleave):
             pairs = step(pairs) if step else pairs
         for _, ids in pairs:
             writers["train"].add(ids)
-    return Stored(units, selection, round_trip(coder, excerpts), scorer and scorer.report)
+    return Stored(file_parts, selection, round_trip(tokenizer, excerpts), scorer and scorer.report)
 
 
 def opened_scorer(settings: DependencyFilter, about: dict[str, Any]) -> DependencyScorer:
@@ -230,20 +230,20 @@ def store_conversations(
 ) -> Stored:
     """Write conversations; questions on one document are all held out, or none."""
     selection = Selection()
-    units = conversation_units(given.inputs, given.reader, selection)
+    file_parts = conversation_file_parts(given.inputs, given.reader, selection)
     print(selection.report(), end="")
-    with Reading(units) as reading:
-        for unit in reading.units:
-            for found, tokens in rendered(unit.read(faults), template, faults):
+    with Reading(file_parts) as reading:
+        for file_part in reading.file_parts:
+            for found, tokens in rendered(file_part.read(faults), template, faults):
                 split = SPLITS[share_of(set_apart_by(found)) < given.held_out]
                 writers[split].add_conversation(tokens)
-    return Stored(units, selection)
+    return Stored(file_parts, selection)
 
 
 def write(
     folder: Path,
     writers: dict[str, SplitWriter],
-    coder: Tokenizer,
+    tokenizer: Tokenizer,
     template: ChatTemplate | None,
 ) -> None:
     """Finish the splits that hold documents and add the tokenizer, with its chat template."""
@@ -251,7 +251,7 @@ def write(
         if writer.ledger.documents:
             writer.finish()
     (folder / "tokenizer").mkdir()
-    coder.save(folder / "tokenizer")
+    tokenizer.save(folder / "tokenizer")
     if template:
         (folder / "tokenizer" / CHAT_TEMPLATE).write_text(template.source)
         ends = json.dumps({"eos_token_id": [template.end_of_turn]})
@@ -274,7 +274,7 @@ def described_folder(
         "tokenizer": about,
         "round_trip": stored.round_trip,
         "part": [given.part, given.parts],
-        "settings": given.settings(stored.units),
+        "settings": given.settings(stored.file_parts),
         "splits": {split: writer.describe() for split, writer in writers.items()},
         "inputs": stored.selection.described(),
         "broken": faults.described(),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, final
 
 from lit_longctx.data.reading.documents import Document, unfit
-from lit_longctx.journal import Journal, Of
+from lit_longctx.result_cache import Of, ResultCache
 
 ASK = """\
 The passage at the end is an excerpt from a long document. Write one question that it answers, and \
@@ -142,27 +142,27 @@ def draw(document: Document, number: int, chunk: int, seed: int) -> Passage:
 
 
 @final
-class Replies:
-    """Replies that are kept as they come: after a kill only what was in flight is asked again."""
+class ResponseCache:
+    """Replies kept as they come: after a kill only what was in flight is asked again."""
 
     def __init__(self, path: Path) -> None:
-        self.journal = Journal(path)
+        self.cache = ResultCache(path)
         self.lock = threading.Lock()
         self.spent = Counter(dict.fromkeys(SPENT, 0))
 
-    def __enter__(self) -> "Replies":
+    def __enter__(self) -> "ResponseCache":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.journal.file.close()
+        self.cache.file.close()
 
     def recall(self, of: Of, ask: Callable[[], Reply]) -> Reply:
         """Return the reply to what `of` describes; asks if there is none yet."""
-        known = of in self.journal
-        reply = Reply(*self.journal[of]) if known else ask()
+        known = of in self.cache
+        reply = Reply(*self.cache[of]) if known else ask()
         with self.lock:
             if not known and reply.text.strip():  # an empty one is asked again
-                self.journal.add(of, reply)
+                self.cache.add(of, reply)
             self.spent.update(dict(zip(SPENT, (not known, known, *reply[1:]), strict=True)))
         return reply
 
@@ -171,7 +171,7 @@ class Replies:
 
 
 @final
-class Interview:
+class QAGenerator:
     """Asks a model for questions and answers, and whether they are good.
 
     Args:
@@ -180,7 +180,7 @@ class Interview:
         seed: Stands in every request and in the rows; `draw` wants the same.
     """
 
-    def __init__(self, generator: Generator, replies: Replies, seed: int) -> None:
+    def __init__(self, generator: Generator, replies: ResponseCache, seed: int) -> None:
         self.generator = generator
         self.identity = generator.identity()
         self.replies = replies
@@ -298,7 +298,7 @@ def in_order(
 
 
 @dataclass
-class Tally:
+class Report:
     """What became of documents and questions."""
 
     tolerated: float = 0.1
@@ -336,7 +336,7 @@ class Tally:
                 "it and start again, or raise --task.tolerated"
             )
 
-    def report(self) -> str:
+    def summary(self) -> str:
         """Return the counts as lines of text."""
         lines = [
             f"{self.documents:,} documents: {self.kept:,} rows kept, {self.filtered:,} filtered by "

@@ -24,12 +24,12 @@ from lit_longctx import manifest
 from lit_longctx.checkpoint import open_checkpoint
 from lit_longctx.data.making.self_instruct import (
     Generator,
-    Interview,
     Passage,
-    Replies,
+    QAGenerator,
     Reply,
+    Report,
+    ResponseCache,
     Row,
-    Tally,
     Unanswered,
     draw,
     in_order,
@@ -49,13 +49,13 @@ class Task(ABC):
     """A kind of fine-tuning data."""
 
     @abstractmethod
-    def rows(self, output: Path, seed: int, tally: Tally) -> Iterator[Row]:
+    def rows(self, output: Path, seed: int, report: Report) -> Iterator[Row]:
         """Yield rows, in an order that does not hang on time; count what became of all else.
 
         Args:
             output: File that the rows are for; what must outlive a kill stands beside it.
             seed: Decides what is random.
-            tally: The report, for the task to fill.
+            report: The report, for the task to fill.
         """
 
 
@@ -64,7 +64,7 @@ def synthesize(task: Task, output: str, seed: int = 0) -> dict[str, Any]:
 
     Args:
         task: What to make: `SelfInstruct`, questions that a model writes about long documents, or
-            `FromNothing`, key-value lists and tables with questions about them.
+            `TemplatedTask`, key-value lists and tables with questions about them.
         output: File to make, .jsonl; must not exist.
         seed: Decides chunks, prompts and whatever else is random.
 
@@ -74,13 +74,13 @@ def synthesize(task: Task, output: str, seed: int = 0) -> dict[str, Any]:
     target = Path(output)
     if target.suffix != ".jsonl":
         raise ValueError(f"expected an output that ends in .jsonl; got {output}; rename it")
-    tally = Tally()
+    report = Report()
     with whole_file(target) as file:
-        for row in tqdm(task.rows(target, seed, tally), desc="rows", unit="", disable=None):
+        for row in tqdm(task.rows(target, seed, report), desc="rows", unit="", disable=None):
             file.write(json.dumps(row) + "\n")
-    print(tally.report())
+    print(report.summary())
     print(f"wrote {output}")
-    return vars(tally)
+    return vars(report)
 
 
 @contextmanager
@@ -101,7 +101,7 @@ def whole_file(target: Path) -> Iterator[TextIO]:
 
 @final
 @dataclass(frozen=True)
-class FromNothing(Task):
+class TemplatedTask(Task):
     """Documents whose questions are right by construction; no model is asked."""
 
     kind: Synthetic
@@ -114,16 +114,16 @@ class FromNothing(Task):
     tokenizer: str = "bytes"
     """Whose tokens: `bytes`, a tokenizer.json, a tokenizer.model or a folder with one of them."""
 
-    def rows(self, output: Path, seed: int, tally: Tally) -> Iterator[Row]:
+    def rows(self, output: Path, seed: int, report: Report) -> Iterator[Row]:
         """Yield the questions about one document after the other; fewer documents are a prefix."""
-        coder, seeded = open_tokenizer(self.tokenizer), random.Random(seed)
+        tokenizer, seeded = open_tokenizer(self.tokenizer), random.Random(seed)
         kind = {"kind": type(self.kind).__name__, **vars(self.kind)}
         for number in range(self.documents):
             drawn = seeded.getrandbits(63)
-            examples = self.kind.within(self.tokens, lambda t: len(coder.encode([t])[0]), drawn)
-            tally.documents += 1
+            examples = self.kind.within(self.tokens, lambda t: len(tokenizer.encode([t])[0]), drawn)
+            report.documents += 1
             for question, example in enumerate(examples):
-                tally.kept += 1
+                report.kept += 1
                 name = f"{kind['kind']}-{seed}-{number}#{question}"
                 yield {"id": name, **example, "made": kind, "seed": seed}
 
@@ -160,45 +160,45 @@ class SelfInstruct(Task):
                 f"{self.chunk}; raise them"
             )
 
-    def rows(self, output: Path, seed: int, tally: Tally) -> Iterator[Row]:
+    def rows(self, output: Path, seed: int, report: Report) -> Iterator[Row]:
         """Yield the rows that pass, in the order of the documents."""
-        tally.tolerated = self.tolerated
-        with Replies(output.with_name(output.name + ".asked")) as replies:
-            ask = Interview(self.generator, replies, seed).row
-            passages = self._passages(seed, tally)
+        report.tolerated = self.tolerated
+        with ResponseCache(output.with_name(output.name + ".asked")) as replies:
+            ask = QAGenerator(self.generator, replies, seed).row
+            passages = self._passages(seed, report)
             with in_order(ask, passages, self.generator.concurrency) as results:
                 for passage, result in results:
-                    yield from counted(passage, result, tally)
-            tally.costs = {**replies.spent, "requests": self.generator.requests}
-        tally.check()
+                    yield from counted(passage, result, report)
+            report.costs = {**replies.spent, "requests": self.generator.requests}
+        report.check()
 
-    def _passages(self, seed: int, tally: Tally) -> Iterator[Passage]:
+    def _passages(self, seed: int, report: Report) -> Iterator[Passage]:
         faults, seen = Faults(self.tolerated), set()
         inputs = [self.input] if isinstance(self.input, str) else self.input
         for document in self.reader.documents(inputs, faults):
-            tally.documents += 1
+            report.documents += 1
             if len(document.text) < self.shortest:
-                tally.passed_over[f"shorter than {self.shortest:,} characters"] += 1
+                report.passed_over[f"shorter than {self.shortest:,} characters"] += 1
             elif (text := hash(document.text)) in seen:
-                tally.passed_over["the same text as an earlier one"] += 1
+                report.passed_over["the same text as an earlier one"] += 1
             else:
                 seen.add(text)
                 for number in range(self.questions):
                     yield draw(document, number, self.chunk, seed)
         faults.check()
-        tally.documents += faults.kinds.total()
-        tally.passed_over.update(faults.kinds)
+        report.documents += faults.kinds.total()
+        report.passed_over.update(faults.kinds)
 
 
-def counted(passage: Passage, result: Future[Row | None], tally: Tally) -> Iterator[Row]:
+def counted(passage: Passage, result: Future[Row | None], report: Report) -> Iterator[Row]:
     """Count what became of a question; yield its row, if that is one."""
     try:
         row = result.result()
     except Unanswered as reason:
-        tally.fail(passage.name, reason)
+        report.fail(passage.name, reason)
     else:
-        tally.kept += row is not None
-        tally.filtered += row is None
+        report.kept += row is not None
+        report.filtered += row is None
         if row:
             yield row
 

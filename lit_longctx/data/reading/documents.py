@@ -32,8 +32,8 @@ class Document(NamedTuple):
     id: str
 
 
-class Unit(NamedTuple):
-    """What is read as a whole: the parts of a large input are shares of its units."""
+class FilePart(NamedTuple):
+    """What is read as a whole: the parts of a large input are shares of its file_parts."""
 
     name: str
     read: Callable[[Faults], Iterator[Any]]
@@ -63,24 +63,24 @@ class Reader:
         self, inputs: list[str], faults: Faults, part: int = 0, parts: int = 1
     ) -> Iterator[Document]:
         """Yield the documents of all inputs, or of one share of their files; see `part_of`."""
-        for unit in part_of(self.units(inputs), part, parts):
-            yield from unit.read(faults)
+        for file_part in part_of(self.file_parts(inputs), part, parts):
+            yield from file_part.read(faults)
 
-    def units(self, inputs: list[str], selection: Selection | None = None) -> list[Unit]:
+    def file_parts(self, inputs: list[str], selection: Selection | None = None) -> list[FilePart]:
         """Return what is read one after the other: a file, or all repositories of a `code:`."""
-        names, units, roots = Names(), [], 0
+        names, file_parts, roots = Names(), [], 0
         selection = Selection() if selection is None else selection
         for name in inputs:
             if name == "stdlib" or name.startswith("code:"):
                 roots += 1
                 mark = f"#{roots}" if roots > 1 else ""
-                units.append(Unit(name, partial(self._code, name, mark)))
+                file_parts.append(FilePart(name, partial(self._code, name, mark)))
                 continue
             for file in input_files(name, selection):
                 own = names.of(file.name, file.path)
                 read = partial(self._file, file, own)
-                units.append(Unit(own, read, file.bytes, file.is_plain))
-        return units
+                file_parts.append(FilePart(own, read, file.bytes, file.is_plain))
+        return file_parts
 
     def _code(self, name: str, mark: str, faults: Faults) -> Iterator[Document]:
         if name == "stdlib":
@@ -135,11 +135,11 @@ class Reader:
             yield Document(text, name)
 
 
-def part_of(units: Sequence[Unit], part: int, parts: int) -> Sequence[Unit]:
+def part_of(file_parts: Sequence[FilePart], part: int, parts: int) -> Sequence[FilePart]:
     """Return number `part` of `parts` shares; all, one after the other, are the whole."""
-    if parts > len(units):
-        raise ValueError(f"{parts} parts are too many for {len(units)} files; use as many")
-    return units[len(units) * part // parts : len(units) * (part + 1) // parts]
+    if parts > len(file_parts):
+        raise ValueError(f"{parts} parts are too many for {len(file_parts)} files; use as many")
+    return file_parts[len(file_parts) * part // parts : len(file_parts) * (part + 1) // parts]
 
 
 def whole_text(file: File, largest: int) -> str | Broken:

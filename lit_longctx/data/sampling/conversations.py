@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from lit_longctx.batch import NO_TARGET
-from lit_longctx.data.reading.documents import Reader, Unit
+from lit_longctx.data.reading.documents import FilePart, Reader
 from lit_longctx.data.reading.faults import Faults
 from lit_longctx.data.reading.inputs import File, Names, Selection
 from lit_longctx.data.reading.rows import READERS
@@ -23,14 +23,16 @@ TOGETHER = 2**14
 """Conversations that are packed and shuffled together."""
 
 
-def conversation_units(inputs: Sequence[str], reader: Reader, selection: Selection) -> list[Unit]:
+def conversation_file_parts(
+    inputs: Sequence[str], reader: Reader, selection: Selection
+) -> list[FilePart]:
     """Return what is read one after the other: every file of rows."""
-    names, units = Names(), []
+    names, file_parts = Names(), []
     for name in inputs:
         for file in input_files(name, selection):
             own = names.of(file.name, file.path)
-            units.append(Unit(own, partial(_conversations, file, own, reader)))
-    return units
+            file_parts.append(FilePart(own, partial(_conversations, file, own, reader)))
+    return file_parts
 
 
 def _conversations(file: File, name: str, reader: Reader, faults: Faults) -> Iterator[Conversation]:

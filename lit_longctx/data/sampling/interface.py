@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from lit_longctx.data.sampling.stages import ENDLESS, Course, Stage
+from lit_longctx.data.sampling.stages import ENDLESS, Stage, StageSchedule
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,13 @@ class DataDescription:
     """Names, in the order of `Batch.sources`."""
     window: int | None = None
     """Tokens of the longest row."""
-    course: Course = field(default_factory=lambda: Course([Stage(ENDLESS, 1, 1)]))
+    stage_schedule: StageSchedule = field(
+        default_factory=lambda: StageSchedule([Stage(ENDLESS, 1, 1)])
+    )
     """Stage schedule; one endless stage by default."""
     staged: bool = False
     """Whether the stages were given, and so must be the same after a resume."""
-    lanes: bool = False
+    contiguous: bool = False
     """Whether row r of a step follows row r of the step before, as a memory needs it."""
     context: int | None = None
     """Tokens of the context whose positions are trained on shorter rows, if they are."""
@@ -30,20 +32,40 @@ class DataDescription:
     """What the tokens were made with."""
     tokenizer_folder: Path | None = None
     """Folder of that tokenizer, to be kept with the run."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What decides which tokens a sample number stands for: contents of sources, seed, window, …"""
+    allow_changed_data: bool = False
+    """Whether a resume may go on with another identity."""
+
+    def check_resumed(self, before: dict[str, Any] | None) -> None:
+        """Refuse to go on with other data than the run had, whose identity `before` was."""
+        if before is None or self.allow_changed_data:  # None: checkpoints of earlier versions
+            return
+        changed = [
+            f"{name} was {before.get(name, 'not there')}, is {self.identity.get(name, 'not there')}"
+            for name in {**before, **self.identity}
+            if before.get(name) != self.identity.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"the run's data has changed: {'; '.join(changed)}; go on with what it began with "
+                "(lit_longctx prepare makes the same again), or knowingly with "
+                "--data.init_args.allow_changed_data true"
+            )
 
     def window_until(self, step: int) -> int | None:
         """Tokens of the longest row that the steps before this one have read."""
         if not self.staged:
             return self.window
-        last = self.course.at(max(0, step - 1))
-        return max(stage.window for stage in self.course.stages[: last + 1])
+        last = self.stage_schedule.at(max(0, step - 1))
+        return max(stage.window for stage in self.stage_schedule.stages[: last + 1])
 
     def stages_until(self, step: int) -> list[dict[str, Any]]:
         """Return what decided the steps before this one; a resume must find the same."""
         if not self.staged:
             return []
-        last = self.course.at(max(0, step - 1))
-        begun = [asdict(stage) for stage in self.course.stages[: last + 1]]
+        last = self.stage_schedule.at(max(0, step - 1))
+        begun = [asdict(stage) for stage in self.stage_schedule.stages[: last + 1]]
         for stage in begun:
             del stage["micro_batch_size"]
         del begun[-1]["steps"]  # the stage that goes on may become longer or shorter

@@ -1,4 +1,4 @@
-"""A run's course: stages with their own window, batch, mix, theta and learning rate."""
+"""Stage schedule of a run: stages with their own window, batch, mix, theta and learning rate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ ENDLESS = 2**40
 
 @dataclass(frozen=True)
 class Stage:
-    """Some steps of a run in which one thing or another is different; what is left out is not."""
+    """Consecutive steps that share overrides; fields left open inherit from the run."""
 
     steps: int
     """Optimizer steps."""
@@ -49,7 +49,7 @@ class Stage:
         return replace(run, **own)
 
 
-class Course:
+class StageSchedule:
     """Where each stage begins, in steps and samples (rows).
 
     Args:

@@ -10,12 +10,12 @@ import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lit_longctx.batch import Batch, Step
+from lit_longctx.batch import Batch, StepBatch
+from lit_longctx.data.sampling.contiguous import ContiguousSampler
 from lit_longctx.data.sampling.interface import DataDescription, TrainingData
-from lit_longctx.data.sampling.lanes import Lanes
-from lit_longctx.data.sampling.order import Order
-from lit_longctx.data.sampling.places import Places
-from lit_longctx.data.sampling.stages import Course, Stage
+from lit_longctx.data.sampling.position_transforms import PositionTransform
+from lit_longctx.data.sampling.sample_index import SampleIndex
+from lit_longctx.data.sampling.stages import Stage, StageSchedule
 
 Rows = list[tuple[int, int, int]]
 """(source, window, sample) of each row; window −1 is padding, without targets."""
@@ -30,7 +30,7 @@ class StepData(TrainingData, ABC):
 
     sources: Mapping[str, Any]
     """By name; what a source is, the subclass knows."""
-    course: Course
+    stage_schedule: StageSchedule
     tokenizer: dict[str, Any]
     """What the windows were made with, as `described`."""
     tokenizer_folder: Path | None
@@ -38,23 +38,39 @@ class StepData(TrainingData, ABC):
     """Tokens of the longest row."""
     num_workers: int
     held_out_windows: int
-    places: Places | None
-    lanes: bool = False
+    position_transform: PositionTransform | None
+    contiguous: bool = False
     staged: bool = False
     sorted: bool = False
+    seed: int
+    packing: str | None = None
+    contents: Mapping[str, str]
+    """Hash of each source's tokens."""
+    allow_changed_data: bool = False
 
     def description(self) -> DataDescription:
         """Return what training must know."""
         return DataDescription(
             sources=tuple(self.sources),
             window=self.window,
-            course=self.course,
+            stage_schedule=self.stage_schedule,
             staged=self.staged,
-            lanes=self.lanes,
-            context=self.places.context if self.places else None,
+            contiguous=self.contiguous,
+            context=self.position_transform.context if self.position_transform else None,
             tokenizer=self.tokenizer,
             tokenizer_folder=self.tokenizer_folder,
+            identity=self._identity(),
+            allow_changed_data=self.allow_changed_data,
         )
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what decides a sample; a run's stages are compared for themselves."""
+        found: dict[str, Any] = {f"source {name}": text for name, text in self.contents.items()}
+        found |= {"seed": self.seed, "packing": self.packing, "contiguous": self.contiguous}
+        if not self.staged:
+            stage = self.stage_schedule.stages[0]
+            found |= {"window": stage.window, "weights": stage.weights}
+        return found
 
     @abstractmethod
     def readers(self, stage: Stage) -> Mapping[str, Any]:
@@ -67,7 +83,7 @@ class StepData(TrainingData, ABC):
     @abstractmethod
     def order(
         self, readers: Mapping[str, Any], stage: Stage, read: Mapping[str, int] | None = None
-    ) -> Order | Lanes:
+    ) -> SampleIndex | ContiguousSampler:
         """Return a stage's order of samples; `read` tokens of each source count as drawn."""
 
     @abstractmethod
@@ -77,7 +93,7 @@ class StepData(TrainingData, ABC):
     @property
     def longest(self) -> Stage:
         """The stage of the longest window: the held-out splits of its sources are validated on."""
-        return max(self.course.stages, key=lambda stage: stage.window)
+        return max(self.stage_schedule.stages, key=lambda stage: stage.window)
 
     def train_dataloader(self) -> DataLoader:
         """Whole steps of this rank, from the sample the model has come to."""
@@ -88,7 +104,7 @@ class StepData(TrainingData, ABC):
             raise ValueError(
                 "set Trainer(use_distributed_sampler=False): the order of samples is ours"
             )
-        for stage in self.course.stages:
+        for stage in self.stage_schedule.stages:
             if stage.rows % ranks:
                 raise ValueError(
                     f"{stage.rows} windows per step do not divide among {ranks} processes"
@@ -97,13 +113,13 @@ class StepData(TrainingData, ABC):
             raise ValueError(
                 "set trainer.max_steps: the run's length is counted in optimizer steps"
             )
-        if self.staged and trainer.max_steps != self.course.steps[-1]:
+        if self.staged and trainer.max_steps != self.stage_schedule.steps[-1]:
             raise ValueError(
-                f"the stages have {self.course.steps[-1]} steps; got trainer.max_steps "
+                f"the stages have {self.stage_schedule.steps[-1]} steps; got trainer.max_steps "
                 f"{trainer.max_steps}, set it to their sum"
             )
         consumed = self.samples_consumed
-        shift = consumed - self.course.first_sample(trainer.global_step)
+        shift = consumed - self.stage_schedule.first_sample(trainer.global_step)
         if self.staged and shift:
             raise ValueError(
                 f"at step {trainer.global_step} the stages have read {consumed - shift} samples, "
@@ -118,14 +134,14 @@ class StepData(TrainingData, ABC):
         if trainer.global_rank == 0:
             for line in steps.reports():
                 print(line)
-        return self._loader(steps, Upward(trainer.global_step, trainer.max_steps))
+        return self._loader(steps, StepSampler(trainer.global_step, trainer.max_steps))
 
     def val_dataloader(self) -> DataLoader:
         """Held-out windows of this rank."""
         trainer = self.trainer
         assert trainer is not None
         rows = HeldOut(self, *data_rank(trainer))
-        return self._loader(rows, Upward(0, len(rows)))
+        return self._loader(rows, StepSampler(0, len(rows)))
 
     test_dataloader = val_dataloader
 
@@ -169,7 +185,7 @@ def common_tokenizer(opened: Iterable[Any]) -> dict[str, Any]:
     return {**told[0], "largest_id": max(each["largest_id"] for each in told)}
 
 
-class Upward(Sampler[int]):
+class StepSampler(Sampler[int]):
     """Counts from `start` to `end`, but has the length of the whole run.
 
     Lightning compares its step counter, restored on resume, with the loader's length; and only with
@@ -194,18 +210,18 @@ class Steps(Dataset):
     """
 
     def __init__(self, data: StepData, rank: int, ranks: int, shift: int = 0) -> None:
-        self.data, self.course = data, data.course
+        self.data, self.stage_schedule = data, data.stage_schedule
         self.rank, self.ranks, self.shift = rank, ranks, shift
         self.readers: list[dict[int, Any]] = []  # by stage, then by number of the source
         self.names = list(data.sources)
-        self.orders: list[Order | Lanes] = []
+        self.orders: list[SampleIndex | ContiguousSampler] = []
         read = dict.fromkeys(data.sources, 0)
-        for stage in data.course.stages:
+        for stage in data.stage_schedule.stages:
             readers = data.readers(stage)
             order = data.order(readers, stage, read)
             self.readers.append({self.names.index(name): r for name, r in readers.items()})
             self.orders.append(order)
-            if isinstance(order, Order) and data.staged:
+            if isinstance(order, SampleIndex) and data.staged:
                 drawn = order.drawn(stage.steps * stage.rows)
                 for name, begun, windows in zip(readers, order.begun, drawn, strict=True):
                     read[name] = (begun + windows) * stage.window
@@ -219,25 +235,25 @@ class Steps(Dataset):
             if hasattr(reader, "report")
         ]
 
-    def __getitem__(self, step: int) -> Step:
+    def __getitem__(self, step: int) -> StepBatch:
         """Read one step."""
-        number = self.course.at(step)
-        stage, order = self.course.stages[number], self.orders[number]
+        number = self.stage_schedule.at(step)
+        stage, order = self.stage_schedule.stages[number], self.orders[number]
         readers, sources = self.readers[number], list(self.readers[number])
-        begin = self.course.first_sample(step) + self.shift
+        begin = self.stage_schedule.first_sample(step) + self.shift
         share = stage.rows // self.ranks
         rows = []
         for sample in range(begin + self.rank * share, begin + (self.rank + 1) * share):
-            source, window = order(sample - self.course.samples[number])
+            source, window = order(sample - self.stage_schedule.samples[number])
             rows.append((sources[source], window, sample))
         size = stage.micro_batch_size
         parts = [
             self.data.batch(readers, rows[i : i + size], training=True)
             for i in range(0, share, size)
         ]
-        restart = isinstance(order, Lanes) and order.restarts(begin)
+        restart = isinstance(order, ContiguousSampler) and order.restarts(begin)
         after = begin + stage.rows
-        return Step(parts, after, self.course.tokens(after, step), restart)
+        return StepBatch(parts, after, self.stage_schedule.tokens(after, step), restart)
 
 
 class HeldOut(Dataset):
@@ -251,8 +267,8 @@ class HeldOut(Dataset):
         chosen = []
         for source, windows in self.windows.items():
             number = min(len(windows), data.held_out_windows)
-            places = np.linspace(0, len(windows) - 1, number).round().astype(int) if number else []
-            chosen += [(source, int(window), i) for i, window in enumerate(places)]
+            spread = np.linspace(0, len(windows) - 1, number).round().astype(int) if number else []
+            chosen += [(source, int(window), i) for i, window in enumerate(spread)]
         size = data.longest.micro_batch_size
         padding = next(iter(self.windows))
         chosen += [(padding, -1, -1)] * (-len(chosen) % (size * ranks))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
+from lit_longctx import manifest
 from lit_longctx.batch import NO_TARGET
 from lit_longctx.data.store.remote import (
     LocalFiles,
@@ -32,7 +33,7 @@ DTYPES = {8: "u1", 9: "i1", 16: "u2", 17: "i2", 32: "u4", 33: "i4", 64: "u8", 65
 """MDS's codes of whole-number types, where a column leaves the type to each item."""
 
 
-class Packs:
+class MDSWindows:
     """Windows of `length` tokens cut from packed items; [i] gives tokens and where documents start.
 
     Documents begin at an item's spans (`indices`), or at BOS if it has none. The last target of an
@@ -59,6 +60,7 @@ class Packs:
         self.storage = storage
         index, self.files = open_shards(folder, storage)
         self.key = fingerprint([str(folder), index])
+        self.content_hash = fingerprint(index)
         self.shards: list[dict[str, Any]] = index["shards"] if split == "train" else []
         self.ends = np.cumsum([shard["samples"] for shard in self.shards], dtype=np.int64)
         self.bos: int = tokenizer["bos"]
@@ -173,10 +175,10 @@ def open_windows(
     length: int,
     storage: ObjectStorage = ObjectStorage(),
     tokenizer: dict[str, Any] | None = None,
-) -> Windows | Packs:
+) -> Windows | MDSWindows:
     """Return windows of a prepared folder or, where `tokenizer` is given, of an MDS folder."""
     if tokenizer is not None:
-        return Packs(folder, split, length, tokenizer, storage)
+        return MDSWindows(folder, split, length, tokenizer, storage)
     if not is_remote(folder) and (Path(folder) / INDEX).is_file():
         raise ValueError(f"{folder} is an MDS folder, which does not say its tokenizer; name it")
     return Windows(folder, split, length, storage)
@@ -194,6 +196,8 @@ def open_shards(
         raise ValueError(f"{folder}/{INDEX} describes no MDS shards of version 2")
     for shard in index["shards"]:
         _check_shard(folder, shard)
+        for part in filter(None, (shard["raw_data"], shard["zip_data"])):
+            manifest.check_inside(f"{folder}/{INDEX}", part["basename"])
     _announce(str(folder))
     stored = [shard["zip_data"] or shard["raw_data"] for shard in index["shards"]]
     entries = {entry["basename"]: {"bytes": entry["bytes"]} for entry in stored}

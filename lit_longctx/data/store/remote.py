@@ -34,19 +34,29 @@ class LocalFiles:
     """Files of a folder on disk, each compared with its entry when it is first opened."""
 
     def __init__(self, folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+        for name in entries:
+            manifest.check_inside(folder, name)
         self.folder, self.entries = folder, entries
         self.checked: set[str] = set()
         self.fetches: Counter[str] = Counter()
 
     def open(self, name: str) -> BufferedReader:
         """Open a file for reading; ValueError if it is missing, torn or altered."""
+        self._check(name)
+        return open(self.folder / name, "rb")
+
+    def _check(self, name: str) -> None:
+        if name not in self.entries:
+            raise ValueError(f"{self.folder} does not list {name}; make the folder anew")
         if name not in self.checked:
             manifest.check_file(self.folder, name, self.entries[name])
             self.checked.add(name)
-        return open(self.folder / name, "rb")
 
     def subfolder(self, name: str) -> Path:
-        """Return where a folder of small files, such as the tokenizer's, lies on disk."""
+        """Return where a folder of small files lies on disk, such as the tokenizer's; checked."""
+        for entry in self.entries:
+            if entry.startswith(f"{name}/"):
+                self._check(entry)
         return self.folder / name
 
 
@@ -69,8 +79,8 @@ class RemoteFiles:
         storage: ObjectStorage,
         connection: Downloader | None = None,
     ) -> None:
-        if outside := [name for name in entries if name[:1] == "/" or ".." in name.split("/")]:
-            raise ValueError(f"{url} lists a file outside of itself, {outside[0]}; do not trust it")
+        for name in entries:
+            manifest.check_inside(url, name)
         self.url, self.entries, self.key, self.storage = url, entries, key, storage
         self.checked: set[str] = set()
         self.fetches: Counter[str] = Counter()

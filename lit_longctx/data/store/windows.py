@@ -17,6 +17,7 @@ from litdata.constants import _NUMPY_DTYPES_MAPPING
 
 from lit_longctx.data.store.remote import open_folder
 from lit_longctx.data.store.storage import ObjectStorage
+from lit_longctx.manifest import short_hash
 
 ANSWER = 2**31
 """Bit of the ids of answers, in folders of conversations."""
@@ -101,6 +102,13 @@ class Windows:
             return self.manifest["tokenizer"]
         largest = max(split["largest_id"] for split in splits)
         return {**self.manifest["tokenizer"], "largest_id": largest}
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of the stored tokens; the same where `prepare` ran again on the same input."""
+        files = self.manifest["files"].items()
+        kept = {n: f["sha256"] for n, f in files if n.startswith(("train/", "held_out/"))}
+        return short_hash({n: f for n, f in kept.items() if not n.endswith("index.json")})
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -25,7 +25,7 @@ from lit_longctx.data.tokens.tokenizer import Tokenizer
 PROBE = (Message("user", "Why?"), Message("assistant", "Because."))
 
 
-class Piece(NamedTuple):
+class TextSegment(NamedTuple):
     """A part of the text that has one meaning."""
 
     text: str
@@ -80,16 +80,16 @@ class ChatTemplate:
             Malformed: The template refuses the messages, or does not show each as it is, but for
                 space around it.
         """
-        pieces = self._pieces(conversation)
-        ids, offsets = self._encode("".join(piece.text for piece in pieces))
+        segments = self._segments(conversation)
+        ids, offsets = self._encode("".join(piece.text for piece in segments))
         starts, stops = np.array(offsets).T
-        edges = np.cumsum([0, *(len(piece.text) for piece in pieces)])
-        owners = np.clip(np.searchsorted(edges, starts, "right") - 1, 0, len(pieces) - 1)
-        said = self._said(pieces)
-        kinds = np.array([piece.kind for piece in pieces])
-        lasts = np.clip(np.searchsorted(edges, stops - 1, "right") - 1, 0, len(pieces) - 1)
+        edges = np.cumsum([0, *(len(piece.text) for piece in segments)])
+        owners = np.clip(np.searchsorted(edges, starts, "right") - 1, 0, len(segments) - 1)
+        said = self._said(segments)
+        kinds = np.array([piece.kind for piece in segments])
+        lasts = np.clip(np.searchsorted(edges, stops - 1, "right") - 1, 0, len(segments) - 1)
         for at in np.flatnonzero((kinds[owners] == "template") & (kinds[lasts] == "answer")):
-            piece = pieces[owners[at]].text
+            piece = segments[owners[at]].text
             if not piece[starts[at] - edges[owners[at]] :].strip(" "):
                 owners[at] = lasts[at]  # " Yes": the space is the template's, the word is said
         inside = (kinds[owners] == "document") & (stops <= edges[owners + 1])
@@ -104,8 +104,8 @@ class ChatTemplate:
         """
         if broken := next((found for each in messages if (found := unfit(each.content))), None):
             raise Malformed(broken.kind)
-        pieces = self._pieces(Conversation(tuple(messages), "prompt", ""), generation=True)
-        ids, _ = self._encode("".join(piece.text for piece in pieces))
+        segments = self._segments(Conversation(tuple(messages), "prompt", ""), generation=True)
+        ids, _ = self._encode("".join(piece.text for piece in segments))
         begin = [] if ids[:1] == [self.tokenizer.bos] else self.tokenizer.prefix
         return np.array([*begin, *ids], dtype=np.int32)
 
@@ -126,14 +126,14 @@ class ChatTemplate:
             (int(at[0]), int(at[-1]) + 1) if len(at) else None,
         )
 
-    def _said(self, pieces: Sequence[Piece]) -> Bool[np.ndarray, "pieces"]:
-        """Say which pieces the assistant says: answers, each with what ends the turn."""
+    def _said(self, segments: Sequence[TextSegment]) -> Bool[np.ndarray, "segments"]:
+        """Say which segments the assistant says: answers, each with what ends the turn."""
         bos, eos = self.tokenizer.bos, self.tokenizer.eos
         begin = mark(bos) if bos != eos else None
-        said = np.zeros(len(pieces), dtype=bool)
-        for at, piece in enumerate(pieces):
+        said = np.zeros(len(segments), dtype=bool)
+        for at, piece in enumerate(segments):
             if piece.kind == "answer":
-                said[at : end_of_turn(pieces, at, begin)] = True
+                said[at : end_of_turn(segments, at, begin)] = True
         return said
 
     def _text(self, messages: Sequence[Message], generation: bool = False) -> str:
@@ -181,46 +181,46 @@ class ChatTemplate:
         if at != len(text) or not text.startswith(cut[0]):
             raise Malformed("the chat template depends on what a message says")
 
-    def _pieces(self, conversation: Conversation, generation: bool = False) -> list[Piece]:
-        pieces: list[Piece] = []
+    def _segments(self, conversation: Conversation, generation: bool = False) -> list[TextSegment]:
+        segments: list[TextSegment] = []
         messages = conversation.messages
         asked = next((i for i, message in enumerate(messages) if message.role == "user"), None)
         if any("\0" in message.content for message in messages):
             raise Malformed("NUL in text")
         for text, number in self._filled(messages, generation):
             if number is None:
-                pieces += self._template_pieces(text)
+                segments += self._template_segments(text)
             elif messages[number].role == "assistant" and messages[number].learnt:
-                pieces += led(pieces, self._lead), Piece(text, "answer")
+                segments += led(segments, self._lead), TextSegment(text, "answer")
             else:
                 long = conversation.document if number == asked else 0
                 document = max(0, long - messages[number].content.index(text))
-                pieces.append(Piece(text[:document], "document"))
-                pieces.append(Piece(text[document:], "asked"))
-        return [piece for piece in pieces if piece.text]
+                segments.append(TextSegment(text[:document], "document"))
+                segments.append(TextSegment(text[document:], "asked"))
+        return [piece for piece in segments if piece.text]
 
-    def _template_pieces(self, words: str) -> Iterator[Piece]:
+    def _template_segments(self, words: str) -> Iterator[TextSegment]:
         at = 0
         for special in self._specials.finditer(words):
-            yield Piece(words[at : special.start()], "template")
-            yield Piece(self._marks[special[0]], "special")
+            yield TextSegment(words[at : special.start()], "template")
+            yield TextSegment(self._marks[special[0]], "special")
             at = special.end()
-        yield Piece(words[at:], "template")
+        yield TextSegment(words[at:], "template")
 
 
-def led(pieces: list[Piece], lead: str) -> Piece:
+def led(segments: list[TextSegment], lead: str) -> TextSegment:
     """Take the space that the model says before an answer away from the template's words."""
-    words = pieces.pop().text
+    words = segments.pop().text
     kept = words.removesuffix(lead)
-    pieces.append(Piece(kept, "template"))
-    return Piece(words[len(kept) :], "answer")
+    segments.append(TextSegment(kept, "template"))
+    return TextSegment(words[len(kept) :], "answer")
 
 
-def end_of_turn(pieces: Sequence[Piece], at: int, begin: str | None) -> int:
+def end_of_turn(segments: Sequence[TextSegment], at: int, begin: str | None) -> int:
     """Return where an answer ends: behind the next special token, unless that begins a turn."""
-    for end, piece in enumerate(pieces[at + 1 :], at + 2):
+    for end, piece in enumerate(segments[at + 1 :], at + 2):
         if piece.kind == "special" and piece.text != begin:
             return end
         if piece.kind != "template":
             return at + 1
-    return len(pieces)
+    return len(segments)

@@ -227,14 +227,14 @@ class JsonTokenizer(Tokenizer):
         return fingerprint(self.file, self.bos, self.eos)
 
 
-def begun_by(coder: Tokenizer) -> tokenizers.Tokenizer:
-    """Return an empty tokenizer whose post-processor begins texts as `coder` does, and no more."""
-    begin = f"{coder.bos_token} " * len(coder.prefix)
+def begun_by(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """Return an empty tokenizer whose post-processor begins texts as the given one does."""
+    begin = f"{tokenizer.bos_token} " * len(tokenizer.prefix)
     found = tokenizers.Tokenizer(models.BPE())
     found.post_processor = processors.TemplateProcessing(  # pyright: ignore
         single=f"{begin}$A",
         pair=f"{begin}$A {begin}$B",
-        special_tokens=[(coder.bos_token, coder.bos)] if begin else [],
+        special_tokens=[(tokenizer.bos_token, tokenizer.bos)] if begin else [],
     )
     return found
 

@@ -11,7 +11,7 @@ from lit_longctx import plots
 from lit_longctx.batch import pack
 from lit_longctx.data.store.windows import Windows
 from lit_longctx.evaluation.loss.metrics import LossByPosition
-from lit_longctx.evaluation.measure import Comparison, Measure, Section, Unit, signed
+from lit_longctx.evaluation.measure import Comparison, EvalItem, Measure, Section, signed
 from lit_longctx.evaluation.statistics.intervals import Interval, Sums, paired_differences
 from lit_longctx.evaluation.statistics.scaling import Extrapolation, extrapolate
 from lit_longctx.manifest import short_hash
@@ -22,7 +22,7 @@ SOURCE, LENGTH, POSITION = 1, 2, 3
 
 
 class HeldOutLoss(Measure):
-    """Nats per token in evenly spread held-out windows; one window is one unit.
+    """Nats per token in evenly spread held-out windows; one window is one item.
 
     Args:
         sources: Held-out splits by name, of one window length.
@@ -34,8 +34,8 @@ class HeldOutLoss(Measure):
         self.windows = windows
         self.metric = LossByPosition(list(sources), next(iter(sources.values())).length)
 
-    def units(self) -> list[Unit]:
-        """Return a unit for each window."""
+    def eval_items(self) -> list[EvalItem]:
+        """Return a item for each window."""
         return [
             {
                 "source": name,
@@ -48,12 +48,12 @@ class HeldOutLoss(Measure):
         ]
 
     @torch.inference_mode()
-    def measure(self, llama: Llama, unit: Unit) -> list[list[float]]:
+    def measure(self, llama: Llama, item: EvalItem) -> list[list[float]]:
         """Return [length bucket, position bucket, Σ nats, targets] wherever there are targets."""
-        source = self.sources[unit["source"]]
+        source = self.sources[item["source"]]
         tokens, starts = (
             torch.from_numpy(each)[None].to(llama.head_weight.device)
-            for each in source.with_starts(unit["at"])
+            for each in source.with_starts(item["at"])
         )
         batch = pack(tokens, source.manifest["tokenizer"]["bos"], starts)
         self.metric.to(tokens.device).reset()
@@ -111,9 +111,9 @@ class HeldOutLoss(Measure):
         shape = (len(windows), *self.metric.nats.shape)
         nats, targets = np.zeros(shape), np.zeros(shape)
         names = list(self.sources)
-        for number, (unit, cells) in enumerate(zip(self.units(), windows, strict=True)):
+        for number, (item, cells) in enumerate(zip(self.eval_items(), windows, strict=True)):
             for i, j, total, count in cells:
-                at = (number, names.index(unit["source"]), int(i), int(j))
+                at = (number, names.index(item["source"]), int(i), int(j))
                 nats[at], targets[at] = total, count
         return Sums(nats, targets)
 
@@ -163,12 +163,13 @@ def law_table(laws: dict[str, Extrapolation]) -> str:
         "| L(c) = (α/c)^β + γ | α | β | γ | longest c, left out of the fit: law | measured |",
         "|---" * 6 + "|",
     ]
-    for name, found in laws.items():
+    told = {name: found for name, found in laws.items() if found.fitted.identified}
+    for name, found in told.items():
         parameters = zip(*found.fitted[:3], strict=True)
         cells = [f"{value:.3g} [{low:.3g}, {high:.3g}]" for value, low, high in parameters]
         predicted = "{:.4f} [{:.4f}, {:.4f}]".format(*found.predicted)
         lines.append(f"| {name} | {' | '.join(cells)} | {predicted} | {found.losses[-1]:.4f} |")
-    unsure = [name for name, found in laws.items() if not found.fitted.identified]
-    if unsure:
-        lines.append(f"\nno power law can be told from these losses: {', '.join(unsure)}")
+    if unsure := [name for name in laws if name not in told]:
+        sentence = f"no power law can be told from these losses: {', '.join(unsure)}"
+        lines = [*lines, "", sentence] if told else [sentence]
     return "\n".join(lines)

@@ -58,8 +58,8 @@ class LossByPosition(Metric):
         edges = torch.tensor(self.edges[1:], device=nats.device)
         place = torch.bucketize(batch.position_ids, edges[:-1], right=True)
         length = torch.bucketize(batch.documents.lengths(), edges, right=True)
-        _, lengths, places = self.nats.shape
-        cell = (batch.sources.unsqueeze(1) * lengths + length) * places + place
+        _, lengths, positions = self.nats.shape
+        cell = (batch.sources.unsqueeze(1) * lengths + length) * positions + place
         has_target = batch.labels != NO_TARGET
         cells = cell[has_target]
         self.nats.view(-1).index_add_(0, cells, nats[has_target].double())

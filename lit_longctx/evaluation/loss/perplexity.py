@@ -12,7 +12,7 @@ from lit_longctx.generate import reading
 from lit_longctx.model import Llama
 
 
-class Sliding(NamedTuple):
+class SlidingWindowNats(NamedTuple):
     """Losses of one document, window by window."""
 
     means: list[float]
@@ -31,7 +31,9 @@ class Sliding(NamedTuple):
 
 
 @torch.inference_mode()
-def slide(llama: Llama, ids: Int[np.ndarray, " seq"], window: int, stride: int = 256) -> Sliding:
+def sliding_window_nats(
+    llama: Llama, ids: Int[np.ndarray, " seq"], window: int, stride: int = 256
+) -> SlidingWindowNats:
     """Read a document in windows that move by `stride`; each scores what the last did not see.
 
     Peng et al. 2023 (arXiv:2309.00071, §4.3.1), after Press et al. 2022. Costs a forward pass over
@@ -63,14 +65,14 @@ def slide(llama: Llama, ids: Int[np.ndarray, " seq"], window: int, stride: int =
         seen = end
         if end == len(ids):
             break
-    return Sliding(means, targets)
+    return SlidingWindowNats(means, targets)
 
 
-def perplexity(documents: list[Sliding], mode: str = "token") -> float:
+def perplexity(documents: list[SlidingWindowNats], mode: str = "token") -> float:
     """Perplexity over documents.
 
     Args:
-        documents: What `slide` gave for each.
+        documents: What `sliding_window_nats` gave for each.
         mode: `token` weights every target alike; `paper` averages the means of windows, as YaRN's
             code does, so that the first window's targets count less than all others.
     """

@@ -10,15 +10,19 @@ import numpy as np
 from lit_longctx import plots
 from lit_longctx.data.store.windows import Windows
 from lit_longctx.data.tokens.tokenizer import open_tokenizer
-from lit_longctx.evaluation.loss.perplexity import Sliding, perplexity, slide
-from lit_longctx.evaluation.measure import Comparison, Measure, Section, Unit, signed
+from lit_longctx.evaluation.loss.perplexity import (
+    SlidingWindowNats,
+    perplexity,
+    sliding_window_nats,
+)
+from lit_longctx.evaluation.measure import Comparison, EvalItem, Measure, Section, signed
 from lit_longctx.evaluation.statistics.intervals import Sums
 from lit_longctx.manifest import short_hash
 from lit_longctx.model import Llama
 
 
 @dataclass(frozen=True)
-class Slide:
+class SlidingWindow:
     """How documents are read for sliding-window perplexity."""
 
     windows: list[int] = field(default_factory=lambda: [1024, 2048, 4096])
@@ -46,20 +50,20 @@ class Slide:
         return self.tokens or max(self.windows)
 
 
-class SlidingPerplexity(Measure):
-    """Perplexity of the same held-out documents for every window; one document is one unit.
+class SlidingWindowPerplexity(Measure):
+    """Perplexity of the same held-out documents for every window; one document is one item.
 
     Args:
         sources: Held-out splits by name.
         how: Windows, stride and documents.
     """
 
-    def __init__(self, sources: dict[str, Windows], how: Slide) -> None:
+    def __init__(self, sources: dict[str, Windows], how: SlidingWindow) -> None:
         self.sources = sources
         self.how = how
 
-    def units(self) -> list[Unit]:
-        """Return a unit for each source, document and window."""
+    def eval_items(self) -> list[EvalItem]:
+        """Return a item for each source, document and window."""
         return [
             {
                 "source": name,
@@ -85,12 +89,12 @@ class SlidingPerplexity(Measure):
         chosen = np.linspace(0, len(long) - 1, min(self.how.documents, len(long))).round()
         return long[chosen.astype(int)].tolist()
 
-    def measure(self, llama: Llama, unit: Unit) -> dict[str, Any]:
-        """Return what `slide` finds, and the bytes of the text (of its last character, too)."""
-        source = self.sources[unit["source"]]
-        ids = source.read(unit["begin"], unit["begin"] + unit["tokens"])
+    def measure(self, llama: Llama, item: EvalItem) -> dict[str, Any]:
+        """Return nats by window, and the bytes of the text (of its last character, too)."""
+        source = self.sources[item["source"]]
+        ids = source.read(item["begin"], item["begin"] + item["tokens"])
         text = open_tokenizer(str(source.tokenizer_folder)).decode(ids[1:].tolist())
-        found = slide(llama, ids, unit["window"], unit["stride"])
+        found = sliding_window_nats(llama, ids, item["window"], item["stride"])
         return {**found._asdict(), "bytes": len(text.encode())}
 
     def report(self, values: dict[str, list[Any]], trained: int) -> Section:
@@ -109,7 +113,7 @@ class SlidingPerplexity(Measure):
                 told = self._numbers(
                     [
                         v
-                        for u, v in zip(self.units(), found, strict=True)
+                        for u, v in zip(self.eval_items(), found, strict=True)
                         if (u["source"], u["window"]) == (source, window)
                     ]
                 )
@@ -131,7 +135,7 @@ class SlidingPerplexity(Measure):
         )
 
     def _numbers(self, documents: list[dict[str, Any]]) -> dict[str, float]:
-        found = [Sliding(each["means"], each["targets"]) for each in documents]
+        found = [SlidingWindowNats(each["means"], each["targets"]) for each in documents]
         size = sum(each["bytes"] for each in documents)
         return {
             "token": perplexity(found, "token"),
@@ -142,12 +146,12 @@ class SlidingPerplexity(Measure):
     def _sums(self, values: list[dict[str, Any]]) -> Sums:
         """Nats and targets: [document, source × window]."""
         rows = list(product(self.sources, self.how.windows))
-        units = self.units()
-        documents = sorted({(u["source"], u["begin"]) for u in units})
+        items = self.eval_items()
+        documents = sorted({(u["source"], u["begin"]) for u in items})
         nats, targets = np.zeros((2, len(documents), len(rows)))
-        for unit, value in zip(units, values, strict=True):
-            source = unit["source"]
-            at = documents.index((source, unit["begin"])), rows.index((source, unit["window"]))
-            nats[at] = Sliding(value["means"], value["targets"]).nats
+        for item, value in zip(items, values, strict=True):
+            source = item["source"]
+            at = documents.index((source, item["begin"])), rows.index((source, item["window"]))
+            nats[at] = SlidingWindowNats(value["means"], value["targets"]).nats
             targets[at] = sum(value["targets"])
         return Sums(nats, targets)

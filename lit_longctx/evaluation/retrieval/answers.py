@@ -6,8 +6,8 @@ import numpy as np
 
 from lit_longctx.data.sampling.conversations import Conversations
 from lit_longctx.data.tokens.tokenizer import open_tokenizer
-from lit_longctx.evaluation.measure import Comparison, Measure, Section, Unit
-from lit_longctx.evaluation.retrieval.probes import forced, written
+from lit_longctx.evaluation.measure import Comparison, EvalItem, Measure, Section
+from lit_longctx.evaluation.retrieval.probes import generated_answers, teacher_forced
 from lit_longctx.evaluation.retrieval.prompts import Sample
 from lit_longctx.evaluation.statistics.intervals import Sums
 from lit_longctx.manifest import short_hash
@@ -15,12 +15,12 @@ from lit_longctx.model import Llama
 
 
 class Answers(Measure):
-    """Exact match and loss of the last answer of held-out conversations; each is one unit.
+    """Exact match and loss of the last answer of held-out conversations; each is one item.
 
     Args:
         sources: Held-out conversations by name.
         number: Conversations of each, spread evenly.
-        generate: Let the model write the answer, instead of reading the right one (see `forced`).
+        generate: Let the model write the answer; default: read the right one (`teacher_forced`).
     """
 
     def __init__(self, sources: dict[str, Conversations], number: int, generate: bool) -> None:
@@ -28,8 +28,8 @@ class Answers(Measure):
         self.number = number
         self.generate = generate
 
-    def units(self) -> list[Unit]:
-        """Return a unit for each conversation."""
+    def eval_items(self) -> list[EvalItem]:
+        """Return a item for each conversation."""
         return [
             {
                 "source": name,
@@ -42,18 +42,18 @@ class Answers(Measure):
             for at in np.linspace(0, len(source) - 1, min(self.number, len(source))).round()
         ]
 
-    def measure(self, llama: Llama, unit: Unit) -> dict[str, float]:
+    def measure(self, llama: Llama, item: EvalItem) -> dict[str, float]:
         """Return whether the answer is exact, and the nats of a token of it."""
-        source = self.sources[unit["source"]]
-        sample = last_answer(*source[unit["at"]])
-        read = forced(llama, [sample])[0]
+        source = self.sources[item["source"]]
+        sample = last_answer(*source[item["at"]])
+        read = teacher_forced(llama, [sample])[0]
         exact = read.exact
         if self.generate:
-            coder = open_tokenizer(str(source.windows.tokenizer_folder))
-            room = len(sample.answer_ids) + 16
+            tokenizer = open_tokenizer(str(source.windows.tokenizer_folder))
+            max_new_tokens = len(sample.answer_ids) + 16
             end = int(sample.answer_ids[-1])  # of the turn; it need not be EOS
-            said = written(llama, coder, [sample], room, end)[0]
-            exact = said.strip() == coder.decode(sample.answer_ids.tolist()).strip()
+            said = generated_answers(llama, tokenizer, [sample], max_new_tokens, end)[0]
+            exact = said.strip() == tokenizer.decode(sample.answer_ids.tolist()).strip()
         return {"exact": float(exact), "nats": float(read.nats.mean())}
 
     def report(self, values: dict[str, list[Any]], trained: int) -> Section:
@@ -74,7 +74,7 @@ class Answers(Measure):
 
     def _sums(self, values: list[dict[str, float]], kind: str) -> Sums:
         """Lay out the values: [conversation, source]."""
-        of = [unit["source"] for unit in self.units()]
+        of = [item["source"] for item in self.eval_items()]
         which = np.array([[source == name for name in self.sources] for source in of], dtype=float)
         return Sums(np.array([value[kind] for value in values])[:, None] * which, which)
 

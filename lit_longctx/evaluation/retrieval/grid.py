@@ -9,8 +9,8 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from lit_longctx import plots
-from lit_longctx.evaluation.measure import Comparison, Measure, Section, Unit
-from lit_longctx.evaluation.retrieval.probes import forced, generated, task_named
+from lit_longctx.evaluation.measure import Comparison, EvalItem, Measure, Section
+from lit_longctx.evaluation.retrieval.probes import generated, task_named, teacher_forced
 from lit_longctx.evaluation.retrieval.prompts import Haystack, Sample
 from lit_longctx.evaluation.statistics.intervals import Sums, wilson
 from lit_longctx.manifest import short_hash
@@ -27,9 +27,9 @@ class Grid:
     """Percent of the context before the needle."""
     samples: int = 4
     """Prompts per length and depth, the same for every checkpoint."""
-    answers: Literal["forced", "generated"] = "forced"
-    """`forced` reads the right answer in one forward pass and scores 1 where every token of it is
-    the likeliest; `generated` lets the model write, and scores as the task does."""
+    answers: Literal["teacher_forced", "generated"] = "teacher_forced"
+    """`teacher_forced` reads the right answer in one forward pass and scores 1 where every token of
+    it is the likeliest; `generated` lets the model write, and scores as the task does."""
     seed: int = 0
     """Decides the prompts."""
 
@@ -41,7 +41,7 @@ class Grid:
 
 
 class Probe(Measure):
-    """A task in every cell of a grid; one prompt is one unit: memory is that of one prompt.
+    """A task in every cell of a grid; one prompt is one item: memory is that of one prompt.
 
     Args:
         name: Of the task.
@@ -57,8 +57,8 @@ class Probe(Measure):
         self.depths = grid.depths if self.task.uses_depth else [50.0]
         self.seeds = range(grid.seed, grid.seed + grid.samples)
 
-    def units(self) -> list[Unit]:
-        """Return a unit for each length, depth and sample, in this order."""
+    def eval_items(self) -> list[EvalItem]:
+        """Return a item for each length, depth and sample, in this order."""
         for seed in self.seeds:  # has the shortest room for all secrets?
             self.task.sample(self.hay, min(self.grid.lengths), self.depths[0], seed)
         settings = {**vars(self.task), "answers": self.grid.answers}
@@ -70,20 +70,20 @@ class Probe(Measure):
             for seed in self.seeds
         ]
 
-    def sample(self, unit: Unit) -> Sample:
-        """Return the prompt of a unit, with its answer."""
-        return self.task.sample(self.hay, unit["length"], unit["depth"], unit["seed"])
+    def sample(self, item: EvalItem) -> Sample:
+        """Return the prompt of a item, with its answer."""
+        return self.task.sample(self.hay, item["length"], item["depth"], item["seed"])
 
-    def measure(self, llama: Llama, unit: Unit) -> float:
+    def measure(self, llama: Llama, item: EvalItem) -> float:
         """Return the score of one prompt."""
-        sample = self.sample(unit)
-        if self.grid.answers == "forced":
-            return float(forced(llama, [sample])[0].exact)
+        sample = self.sample(item)
+        if self.grid.answers == "teacher_forced":
+            return float(teacher_forced(llama, [sample])[0].exact)
         answer = generated(llama, self.hay.tokenizer, self.task, [sample])[0]
         return self.task.score(sample, answer)
 
     def cells(self, scores: Sequence[float]) -> Float[np.ndarray, "lengths depths"]:
-        """Mean scores, given those of `units`."""
+        """Mean scores, given those of `eval_items`."""
         shape = (len(self.grid.lengths), len(self.depths), len(self.seeds))
         return np.asarray(scores).reshape(shape).mean(-1)
 

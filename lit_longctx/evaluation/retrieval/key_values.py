@@ -15,8 +15,8 @@ from lit_longctx.data.making.synthetic import HEAD, key_value, keys, number
 from lit_longctx.data.tokens.tokenizer import Tokenizer
 from lit_longctx.evaluation.retrieval.prompts import (
     Haystack,
-    Place,
     Sample,
+    Span,
     complete,
     piece,
     pieces,
@@ -30,7 +30,7 @@ from lit_longctx.evaluation.retrieval.tasks import Seeded, Task
 class KeyValues(Task):
     """Lines `key: value`, then `key:` for one of them (structure: Liu et al. 2023, 2307.03172)."""
 
-    room: int = 16
+    max_new_tokens: int = 16
     """Tokens that a generated answer may have."""
 
     def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
@@ -38,14 +38,17 @@ class KeyValues(Task):
 
         The haystack gives the tokenizer alone. Costs tokenizing as many lines as there are.
         """
-        coder, names = hay.tokenizer, keys(seeded)
+        tokenizer, names = hay.tokenizer, keys(seeded)
         key, value = next(names), number(seeded)
         line, tail = key_value(key, value), f"\n{key}:"
-        head_ids = [*coder.prefix, *coder.encode([HEAD])[0].tolist()]
-        line_ids, tail_ids = piece(coder, line, before=value), piece(coder, tail, before=value)
+        head_ids = [*tokenizer.prefix, *tokenizer.encode([HEAD])[0].tolist()]
+        line_ids, tail_ids = (
+            piece(tokenizer, line, before=value),
+            piece(tokenizer, tail, before=value),
+        )
         needed = sum(map(len, (head_ids, line_ids, tail_ids)))
         others, left = [], room_for_context(length, needed)
-        for ids in _lines(coder, names, seeded):
+        for ids in _lines(tokenizer, names, seeded):
             if len(ids) > left:
                 others.append(ids[:left])
                 break
@@ -53,16 +56,16 @@ class KeyValues(Task):
             left -= len(ids)
         before = round((len(others) - 1) * depth / 100)
         ids = [*head_ids, *(i for other in others[:before] for i in other)]
-        place = Place(line.strip(), len(ids), len(ids) + len(line_ids))
+        span = Span(line.strip(), len(ids), len(ids) + len(line_ids))
         ids += [*line_ids, *(i for other in others[before:] for i in other), *tail_ids]
-        return complete(coder, ids, tail, [value], [place])
+        return complete(tokenizer, ids, tail, [value], [span])
 
     def score(self, sample: Sample, response: str) -> float:
         """Whether the response begins with the value, as a whole number.
 
         Teacher forcing says the same of greedy decoding, but where the number goes on with another
-        digit (forced 1, here 0), or where the value comes in other tokens or behind other white
-        space (forced 0, here 1).
+        digit (teacher-forced 1, here 0), or where the value comes in other tokens or behind other
+        white space (teacher-forced 0, here 1).
         """
         found = re.match(r"\s*(\d+)", response)
         return float(found is not None and found[1] == sample.references[0])

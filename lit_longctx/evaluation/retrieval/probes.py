@@ -45,7 +45,7 @@ def task_named(name: str) -> Task:
     return TASKS[name]()
 
 
-class Forced(NamedTuple):
+class TeacherForced(NamedTuple):
     """How a model reads one right answer."""
 
     exact: bool
@@ -55,12 +55,12 @@ class Forced(NamedTuple):
 
 
 @torch.no_grad()  # not inference mode, after which FSDP could not go on training
-def forced(llama: Llama, samples: Sequence[Sample]) -> list[Forced]:
+def teacher_forced(llama: Llama, samples: Sequence[Sample]) -> list[TeacherForced]:
     """Read prompts with their answers in one batched forward pass; lengths may differ.
 
     `exact` is what greedy decoding would give, if it had to give this tokenization of this answer,
     in this order, without a word before it: a model that says the same in other words scores 0.
-    Costs no generation; the head sees the answers' places only.
+    Costs no generation; the head sees the answers' positions only.
     """
     rows = [
         torch.from_numpy(np.concatenate([sample.prompt_ids, sample.answer_ids]))
@@ -71,16 +71,16 @@ def forced(llama: Llama, samples: Sequence[Sample]) -> list[Forced]:
     starts = torch.zeros_like(windows, dtype=torch.bool)
     starts[:, 0] = True  # a row is one document: a chat template may write BOS again
     batch = pack(windows, bos=int(samples[0].prompt_ids[0]), starts=starts)
-    places = torch.zeros_like(batch.labels, dtype=torch.bool)
-    for row, sample in zip(places, samples, strict=True):
+    is_answer = torch.zeros_like(batch.labels, dtype=torch.bool)
+    for row, sample in zip(is_answer, samples, strict=True):
         first = len(sample.prompt_ids) - 1  # the prompt's last token predicts the answer's first
         row[first : first + len(sample.answer_ids)] = True
-    assert not (batch.labels[places] == NO_TARGET).any()
-    answers = batch._replace(labels=batch.labels.masked_fill(~places, NO_TARGET))
-    nats, hits = llama.hits(answers)
+    assert not (batch.labels[is_answer] == NO_TARGET).any()
+    answers = batch._replace(labels=batch.labels.masked_fill(~is_answer, NO_TARGET))
+    nats, top1_correct = llama.top1_correct(answers)
     lengths = [len(sample.answer_ids) for sample in samples]
-    pairs = zip(hits[places].split(lengths), nats[places].split(lengths), strict=True)
-    return [Forced(bool(each.all()), loss.cpu().numpy()) for each, loss in pairs]
+    pairs = zip(top1_correct[is_answer].split(lengths), nats[is_answer].split(lengths), strict=True)
+    return [TeacherForced(bool(each.all()), loss.cpu().numpy()) for each, loss in pairs]
 
 
 def generated(
@@ -88,17 +88,19 @@ def generated(
 ) -> list[str]:
     """Answer prompts of equal length greedily; score them with `task.score(sample, answer)`.
 
-    An answer ends after `task.room` tokens, or as many as the right one has if that is more, as
-    with bytes.
+    An answer ends after `task.max_new_tokens`, or as many tokens as the right one has if that is
+    more, as with bytes.
     """
-    return written(llama, tokenizer, samples, max(task.room, *(len(s.answer_ids) for s in samples)))
+    return generated_answers(
+        llama, tokenizer, samples, max(task.max_new_tokens, *(len(s.answer_ids) for s in samples))
+    )
 
 
-def written(
+def generated_answers(
     llama: Llama,
     tokenizer: Tokenizer,
     samples: Sequence[Sample],
-    most: int,
+    max_new_tokens: int,
     end: int | None = None,
 ) -> list[str]:
     """Continue prompts of equal length greedily, by so many tokens at most or until `end` (EOS)."""
@@ -107,5 +109,5 @@ def written(
         raise ValueError(f"prompts of {sorted(lengths)} tokens; generate for one length at a time")
     prompts = torch.from_numpy(np.stack([sample.prompt_ids for sample in samples]))
     eos = tokenizer.eos if end is None else end
-    ids = generate(llama, prompts.to(llama.head_weight.device), most, eos=eos)
+    ids = generate(llama, prompts.to(llama.head_weight.device), max_new_tokens, eos=eos)
     return [tokenizer.decode(row.tolist()) for row in ids[:, prompts.shape[1] :].cpu()]

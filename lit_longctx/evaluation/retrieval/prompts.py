@@ -30,7 +30,7 @@ baskets benches bottles chairs crates kettles lamps mirrors pots tables
 """Subjects, verbs, adjectives and objects of the built-in hay."""
 
 
-class Place(NamedTuple):
+class Span(NamedTuple):
     """Where a needle stands: prompt_ids[start:stop]."""
 
     text: str
@@ -58,7 +58,7 @@ class Sample(NamedTuple):
     """The text of answer_ids: all references in the order in which they are asked for."""
     references: tuple[str, ...]
     """What a free answer must hold."""
-    places: tuple[Place, ...]
+    spans: tuple[Span, ...]
     """Needles in the order in which they stand; none where the task hides none."""
 
 
@@ -178,27 +178,27 @@ def hide(
         first: Token of the hay that it begins with.
     """
     needles = sorted(needles, key=lambda needle: needle.depth)
-    coder = hay.tokenizer
-    head_ids = coder.encode([head])[0].tolist()
-    tail_ids = piece(coder, tail)
-    hidden = [piece(coder, needle.text) for needle in needles]
-    head_ids = [*coder.prefix, *head_ids]
+    tokenizer = hay.tokenizer
+    head_ids = tokenizer.encode([head])[0].tolist()
+    tail_ids = piece(tokenizer, tail)
+    hidden = [piece(tokenizer, needle.text) for needle in needles]
+    head_ids = [*tokenizer.prefix, *head_ids]
     room = room_for_context(length, sum(map(len, (head_ids, tail_ids, *hidden))))
 
     def stretch(start: int, stop: int) -> list[int]:
         return hay.take(0, stop - start) if restart else hay.take(first + start, first + stop)
 
-    ids, places, last = [*head_ids], [], 0
+    ids, spans, last = [*head_ids], [], 0
     for needle, needle_ids in zip(needles, hidden, strict=True):
         place = round(room * needle.depth / 100)
         place = hay.cut(first + place, after_sentence and needle.depth < 100) - first
         place = max(last, place)
         ids += stretch(last, place)
-        places.append(Place(needle.text.strip(), len(ids), len(ids) + len(needle_ids)))
+        spans.append(Span(needle.text.strip(), len(ids), len(ids) + len(needle_ids)))
         ids += needle_ids
         last = place
     ids += stretch(last, room)
-    return complete(coder, [*ids, *tail_ids], tail, references, places)
+    return complete(tokenizer, [*ids, *tail_ids], tail, references, spans)
 
 
 def room_for_context(length: int, needed: int) -> int:
@@ -216,7 +216,7 @@ def complete(
     prompt_ids: Sequence[int],
     tail: str,
     references: Sequence[str],
-    places: Sequence[Place] = (),
+    spans: Sequence[Span] = (),
 ) -> Sample:
     """Add the answer to a prompt and check that its needles can be read in it.
 
@@ -227,14 +227,14 @@ def complete(
     assert np.flatnonzero(ids == tokenizer.bos).tolist() == [0] * len(tokenizer.prefix)
     answer = " " + ", ".join(references)
     answer_ids = piece(tokenizer, answer, before=tail)
-    around = [ids[max(0, place.start - 8) : place.stop + 8].tolist() for place in places]
-    for text, near in zip((answer, *(p.text for p in places)), (answer_ids, *around), strict=True):
+    around = [ids[max(0, span.start - 8) : span.stop + 8].tolist() for span in spans]
+    for text, near in zip((answer, *(p.text for p in spans)), (answer_ids, *around), strict=True):
         found = tokenizer.decode(near)
         if " ".join(text.split()) not in " ".join(found.split()):
             raise ValueError(
                 f"tokenizer gives back {found!r} for {text!r}; expected one that keeps text"
             )
-    return Sample(ids, np.asarray(answer_ids, np.int64), answer, tuple(references), tuple(places))
+    return Sample(ids, np.asarray(answer_ids, np.int64), answer, tuple(references), tuple(spans))
 
 
 def _without_ends(

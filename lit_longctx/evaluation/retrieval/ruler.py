@@ -51,7 +51,7 @@ class MultiKey(Ruler):
 
     keys: int = 4
     """Needles; all but one are distractors."""
-    room: int = 128
+    max_new_tokens: int = 128
     """Tokens that a generated answer may have."""
 
     def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
@@ -68,7 +68,7 @@ class MultiValue(Ruler):
 
     values: int = 4
     """Needles, all asked for."""
-    room: int = 128
+    max_new_tokens: int = 128
     """Tokens that a generated answer may have."""
 
     def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
@@ -85,7 +85,7 @@ class MultiQuery(Ruler):
 
     queries: int = 4
     """Needles, each with a key of its own."""
-    room: int = 128
+    max_new_tokens: int = 128
     """Tokens that a generated answer may have."""
 
     def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
@@ -102,7 +102,7 @@ class VariableTracking(Ruler):
 
     hops: int = 4
     """Assignments after the first."""
-    room: int = 30
+    max_new_tokens: int = 30
     """Tokens that a generated answer may have."""
 
     def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
@@ -135,21 +135,21 @@ class CommonWords(Ruler):
     repeats: int = 30
     """Times that each of them stands in the list, ten times as often as others; fewer, down to 2,
     where they would fill more than half of it."""
-    room: int = 120
+    max_new_tokens: int = 120
     """Tokens that a generated answer may have."""
 
     def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
         """Shuffle the list; its last word is cut to the token. Answers as they first appear."""
-        coder, stream = hay.tokenizer, _syllables(seeded)
+        tokenizer, stream = hay.tokenizer, _syllables(seeded)
         names = list(islice(stream, self.common))
-        common = _spaced(coder, names)
+        common = _spaced(tokenizer, names)
         head = "Below is a list of words. Some stand in it more often than others.\n"
         tail = f"\nWhich {self.common} words are the most common in the list? They are:"
         cost = sum(map(len, common))
-        room, head_ids, tail_ids = _frame(coder, length, head, tail, 2 * cost)
+        room, head_ids, tail_ids = _frame(tokenizer, length, head, tail, 2 * cost)
         repeats = max(2, min(self.repeats, room // (2 * cost) + 1))
         words, left = common * repeats, room - (repeats - 2) * cost
-        for word in _rare(coder, stream):
+        for word in _rare(tokenizer, stream):
             times = min(max(1, repeats // 10), left // len(word))
             words += [word] * times
             left -= times * len(word)
@@ -159,7 +159,7 @@ class CommonWords(Ruler):
         body = [i for word in words for i in word] + word[:left]
         first = [words.index(ids) for ids in common]
         references = [name for _, name in sorted(zip(first, names, strict=True))]
-        return complete(coder, [*head_ids, *body, *tail_ids], tail, references)
+        return complete(tokenizer, [*head_ids, *body, *tail_ids], tail, references)
 
 
 @final
@@ -168,34 +168,34 @@ class FrequentWords(Ruler):
     """The three most frequent of words whose frequencies fall with their rank (Zipf's law)."""
 
     uses_depth: ClassVar[bool] = False
-    room: int = 50
+    max_new_tokens: int = 50
     """Tokens that a generated answer may have."""
 
     def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
         """Shuffle the text; dots fill it to the token."""
-        coder = hay.tokenizer
+        tokenizer = hay.tokenizer
         names = list(islice(_syllables(seeded), 1000))
-        words = _spaced(coder, ["...", *names])
+        words = _spaced(tokenizer, ["...", *names])
         head = "Below is a coded text. Count its words and leave out the dots.\n"
         tail = "\nWhich three words are the most frequent? They are:"
-        chances = np.arange(1, len(words) + 1) ** -ALPHA
-        chances /= chances.sum()
+        probs = np.arange(1, len(words) + 1) ** -ALPHA
+        probs /= probs.sum()
         costs = np.array([len(word) for word in words])
 
         def tokens(number: int) -> int:
-            return int(costs @ (chances * number).astype(int))
+            return int(costs @ (probs * number).astype(int))
 
         # from here on ranks 4 and 5 differ in number, the third of the words and the fourth
-        least = int(1 / (chances[3] - chances[4])) + 1
-        room, head_ids, tail_ids = _frame(coder, length, head, tail, tokens(least))
+        least = int(1 / (probs[3] - probs[4])) + 1
+        room, head_ids, tail_ids = _frame(tokenizer, length, head, tail, tokens(least))
         room += tokens(least)
         number = bisect_right(range(room + 1), room, key=tokens) - 1
-        counts = (chances * number).astype(int)
+        counts = (probs * number).astype(int)
         chosen = [word for word, times in zip(words, counts, strict=True) for _ in range(times)]
         seeded.shuffle(chosen)
         body = [i for word in chosen for i in word]
         dots = (words[0] * room)[: room - len(body)]
-        return complete(coder, [*head_ids, *body, *dots, *tail_ids], tail, names[:3])
+        return complete(tokenizer, [*head_ids, *body, *dots, *tail_ids], tail, names[:3])
 
 
 def _magic_numbers(

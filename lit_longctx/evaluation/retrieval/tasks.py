@@ -2,7 +2,7 @@
 
 Samples are functions of task, length, depth and seed: with one tokenizer every model gets the same
 prompts, with another the same secrets. Lengths are tokens of the prompt with BOS; an answer comes
-on top, `room` tokens of it at most where it is generated.
+on top, `max_new_tokens` tokens of it at most where it is generated.
 """
 
 import random
@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, final
 
 import numpy as np
 
-from lit_longctx.evaluation.retrieval.prompts import Haystack, Hidden, Place, Sample, hide
+from lit_longctx.evaluation.retrieval.prompts import Haystack, Hidden, Sample, Span, hide
 
 FU_LENGTHS = tuple(np.linspace(1000, 128_000, 40).round().astype(int).tolist())
 """Tokens per prompt in the needle's grid (Fu et al. 2024, arXiv:2402.10171)."""
@@ -33,7 +33,7 @@ class Task(ABC):
 
     uses_depth: ClassVar[bool] = True
     """Whether depth changes the prompt; where not, one depth says all."""
-    room: int
+    max_new_tokens: int
     """Tokens that a generated answer may have, on top of the prompt."""
 
     def sample(self, hay: Haystack, length: int, depth: float = 50, seed: int = 0) -> Sample:
@@ -42,7 +42,7 @@ class Task(ABC):
         Args:
             hay: Text to hide needles in, with the tokenizer.
             length: Tokens of the prompt, with BOS; exact. For a context of n tokens in all ask for
-                n - room.
+                n - max_new_tokens.
             depth: Percent of the hay before the (first) needle.
             seed: Number of the sample among those of its length and depth.
 
@@ -69,7 +69,7 @@ class Task(ABC):
 class Passkey(Task):
     """A number in repeated noise: prompt and score of YaRN's code (Peng et al. 2023)."""
 
-    room: int = 10
+    max_new_tokens: int = 10
     """Tokens that a generated answer may have."""
 
     def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
@@ -128,7 +128,7 @@ class Needle(Task):
     """`exact`: depth exact to the token, the question begins the answer, the secret must come
     whole. `fu`: the needle follows a sentence, the model answers freely, and its score is the share
     of 12 words found, 11/12 at best since one stands twice."""
-    room: int = 50
+    max_new_tokens: int = 50
     """Tokens that a generated answer may have."""
 
     def __post_init__(self) -> None:
@@ -172,7 +172,7 @@ class FirstSentence(Task):
     """
 
     uses_depth: ClassVar[bool] = False
-    room: int = 128
+    max_new_tokens: int = 128
     """Tokens that a generated answer may have."""
 
     def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
@@ -185,11 +185,11 @@ class FirstSentence(Task):
         rest = hay.text[end : end + enough]
         rest += "\n" + hay.text[: enough - len(rest)]
         tail = "\n\nQ: What is the first sentence of the text above?, A:"
-        coder = hay.tokenizer
-        sample = hide(Haystack(coder, [rest]), length, sentence, [], tail, [sentence])
-        start = len(coder.prefix)
-        stop = start + len(coder.encode([sentence])[0])
-        return sample._replace(places=(Place(sentence, start, stop),))
+        tokenizer = hay.tokenizer
+        sample = hide(Haystack(tokenizer, [rest]), length, sentence, [], tail, [sentence])
+        start = len(tokenizer.prefix)
+        stop = start + len(tokenizer.encode([sentence])[0])
+        return sample._replace(spans=(Span(sentence, start, stop),))
 
     def score(self, sample: Sample, response: str) -> float:
         """ROUGE-L of the first line: a base model goes on after its answer."""

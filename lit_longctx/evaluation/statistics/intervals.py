@@ -68,15 +68,15 @@ def paired_differences(
     have anything. Costs draws × units × cells.
 
     Args:
-        first: The yardstick.
+        first: The baseline.
         other: Another checkpoint on the same units.
         draws: Bootstrap draws.
         share: Coverage of the intervals.
         seed: Decides the draws.
     """
     units = len(first.total)
-    chances = np.full(units, 1 / units)
-    times = np.random.default_rng(seed).multinomial(units, chances, size=draws).astype(np.float64)
+    probs = np.full(units, 1 / units)
+    times = np.random.default_rng(seed).multinomial(units, probs, size=draws).astype(np.float64)
     found = other.drawn(times) - first.drawn(times)
     found[:, np.count_nonzero(first.number.reshape(units, -1), axis=0) < 2] = np.nan
     means = (other.means() - first.means()).flatten()

@@ -45,8 +45,9 @@ class Fitted(NamedTuple):
 
     @property
     def identified(self) -> bool:
-        """Whether the interval of β stays within the exponents that were tried."""
-        return bool(BETAS[0] < self.low.beta and self.high.beta < BETAS[-1])
+        """Whether β stays within the exponents that were tried, and α within a factor of 1,000."""
+        within = BETAS[0] < self.low.beta and self.high.beta < BETAS[-1]
+        return bool(within and self.high.alpha < 1000 * self.low.alpha)
 
     def interval(
         self, context: Sequence[float], share: float = 0.95

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from lit_longctx import journal
-from lit_longctx.journal import Journal
+from lit_longctx import result_cache
+from lit_longctx.result_cache import ResultCache
 
 
 def test_a_value_is_on_the_disk_before_it_is_used(tmp_path, monkeypatch):
     path, flushed = tmp_path / "new" / "x.jsonl", []
-    monkeypatch.setattr(journal.os, "fsync", lambda handle: flushed.append(path.read_bytes()))
-    with Journal(path) as values:
+    monkeypatch.setattr(result_cache.os, "fsync", lambda handle: flushed.append(path.read_bytes()))
+    with ResultCache(path) as values:
         values.add({"a": 1}, [0.1, "\ud800 ü\n"])
         (line,) = flushed
         assert json.loads(line) == {"of": {"a": 1}, "value": [0.1, "\ud800 ü\n"]}
@@ -19,9 +19,9 @@ def test_a_value_is_on_the_disk_before_it_is_used(tmp_path, monkeypatch):
 
 
 def test_keys_do_not_depend_on_the_order_of_their_parts(tmp_path):
-    with Journal(tmp_path / "x") as values:
+    with ResultCache(tmp_path / "x") as values:
         values.add({"b": 1, "a": "ü"}, 3.5)
-    with Journal(tmp_path / "x") as values:
+    with ResultCache(tmp_path / "x") as values:
         assert {"a": "ü", "b": 1} in values
         assert values[{"a": "ü", "b": 1}] == 3.5
         assert {"a": "ü"} not in values
@@ -29,13 +29,13 @@ def test_keys_do_not_depend_on_the_order_of_their_parts(tmp_path):
 
 def test_a_torn_line_is_dropped(tmp_path):
     path = tmp_path / "x"
-    with Journal(path) as values:
+    with ResultCache(path) as values:
         for i in range(3):
             values.add({"a": i}, i)
     whole = path.read_bytes()
     for cut in range(1, len(whole.splitlines(keepends=True)[-1])):
         path.write_bytes(whole[:-cut])
-        with Journal(path) as values:
+        with ResultCache(path) as values:
             assert [{"a": i} in values for i in range(3)] == [True, True, False]
             values.add({"a": 2}, 2)
         assert path.read_bytes() == whole
@@ -47,10 +47,10 @@ def test_a_value_that_the_disk_refuses_leaves_no_half_line(tmp_path, monkeypatch
     def refuse(_):
         raise OSError("disk full")
 
-    with Journal(path) as values:
+    with ResultCache(path) as values:
         values.add({"a": 1}, "1")
         with monkeypatch.context() as patch:
-            patch.setattr(journal.os, "fsync", refuse)
+            patch.setattr(result_cache.os, "fsync", refuse)
             with pytest.raises(OSError, match="disk full"):
                 values.add({"a": 2}, "2")
         values.add({"a": 3}, "3")
@@ -61,13 +61,13 @@ def test_a_value_that_the_disk_refuses_leaves_no_half_line(tmp_path, monkeypatch
 
 def test_two_runs_cannot_keep_one_file(tmp_path):
     path = tmp_path / "x"
-    with Journal(path), pytest.raises(ValueError, match="in use by another run; wait for it"):
-        Journal(path)
-    with Journal(path):
+    with ResultCache(path), pytest.raises(ValueError, match="in use by another run; wait for it"):
+        ResultCache(path)
+    with ResultCache(path):
         pass
 
 
 def test_an_altered_file_is_refused(tmp_path):
     (tmp_path / "x").write_text('{"of": {}, "value": 1}\n[]\n')
     with pytest.raises(ValueError, match=r"x is altered: line 2 holds no value; remove that line"):
-        Journal(tmp_path / "x")
+        ResultCache(tmp_path / "x")

@@ -1,28 +1,28 @@
-"""Lanes: every row walks, every sample is a pure function of its number."""
+"""Contiguous rows: every row walks, every sample is a pure function of its number."""
 
 import pytest
 
-from lit_longctx.data.sampling.lanes import Lanes
+from lit_longctx.data.sampling.contiguous import ContiguousSampler
 
 
-@pytest.mark.parametrize(("windows", "lanes"), [([40], 4), ([43], 4), ([100, 31, 50], 7)])
-def test_rows_follow_each_other_until_the_lanes_restart(windows, lanes):
-    order = Lanes(windows, None, seed=3, lanes=lanes)
+@pytest.mark.parametrize(("windows", "rows"), [([40], 4), ([43], 4), ([100, 31, 50], 7)])
+def test_rows_follow_each_other_until_the_lanes_restart(windows, rows):
+    order = ContiguousSampler(windows, None, seed=3, rows=rows)
     jumps = 0
     for step in range(3 * order.span):
-        restart = order.restarts(step * lanes)
+        restart = order.restarts(step * rows)
         assert restart == (step % order.span == 0)
-        for lane in range(lanes):
-            source, window = order(step * lanes + lane)
+        for row in range(rows):
+            source, window = order(step * rows + row)
             assert 0 <= window < windows[source]
             if step and not restart:
-                assert order((step - 1) * lanes + lane) == (source, window - 1)
+                assert order((step - 1) * rows + row) == (source, window - 1)
         jumps += restart
     assert jumps == 3
 
 
 def test_a_step_that_starts_within_a_round_restarts_whenever_one_of_its_rows_jumps():
-    order = Lanes([43], None, seed=1, lanes=4)
+    order = ContiguousSampler([43], None, seed=1, rows=4)
     for begin in range(2, 2 + 4 * 3 * order.span, 4):
         rows = [order(begin + row) for row in range(4)]
         before = [order(begin + row - 4) for row in range(4)] if begin > 4 else rows
@@ -31,17 +31,17 @@ def test_a_step_that_starts_within_a_round_restarts_whenever_one_of_its_rows_jum
 
 
 def test_an_epoch_reads_no_window_twice():
-    order = Lanes([100, 31, 50], None, seed=0, lanes=7)
+    order = ContiguousSampler([100, 31, 50], None, seed=0, rows=7)
     seen = [order(sample) for sample in range(order.span * 7)]
     assert len(set(seen)) == len(seen)
 
 
 def test_epochs_begin_elsewhere_where_there_is_room():
-    order = Lanes([43], None, seed=0, lanes=4)
+    order = ContiguousSampler([43], None, seed=0, rows=4)
     begins = {order(epoch * order.span * 4) for epoch in range(20)}
     assert begins == {(0, shift) for shift in range(4)}
 
 
 def test_too_many_lanes_are_refused():
-    with pytest.raises(ValueError, match="8 lanes are too many for sources of"):
-        Lanes([5], None, seed=0, lanes=8)
+    with pytest.raises(ValueError, match="8 rows are too many for sources of"):
+        ContiguousSampler([5], None, seed=0, rows=8)

@@ -1,8 +1,8 @@
 """Positions of a long context for short documents: transforms of a batch's position ids.
 
-What a model learns of distance depends on places, not on how much text lies between. Each transform
-draws from a generator that is seeded with the sample number of the row and nothing else: a sample
-has the same places on any rank, worker or micro-batch, and after a resume.
+What a model learns of distance depends on positions, not on how much text lies between. Each
+transform draws from a generator that is seeded with the sample number of the row and nothing else:
+a sample has the same positions on any rank, worker or micro-batch, and after a resume.
 """
 
 from abc import ABC, abstractmethod
@@ -21,21 +21,21 @@ FIRST_TOKENS = 4
 """First tokens of a document, which E2-LLM does not move: attention sinks (arXiv:2309.17453)."""
 
 
-class Places(ABC):
-    """Where the tokens of each document are said to stand; nothing else of a batch changes.
+class PositionTransform(ABC):
+    """Replaces the position ids of each document; nothing else of a batch changes.
 
-    Documents without a target, such as padding, keep their places. Works on the host, in a loader's
-    process; costs a few NumPy calls per document.
+    Documents without a target, such as padding, keep their positions. Works on the host, in a
+    loader's process; costs a few NumPy calls per document.
     """
 
     dtype = torch.long
     """Type of the position ids."""
 
     def __call__(self, batch: Batch, answers: Bool[Tensor, "batch seq"] | None = None) -> Batch:
-        """Place every document anew.
+        """Give every document new position ids.
 
         Args:
-            batch: Documents that are placed 0, 1, 2, …; `samples` are the seeds.
+            batch: Documents with position ids 0, 1, 2, …; `samples` are the seeds.
             answers: Input tokens that belong to the assistant's answers, for transforms that need
                 to know the turns of a dialogue.
 
@@ -49,13 +49,15 @@ class Places(ABC):
         # + 1 since rows of padding are sample −1
         generators = [np.random.default_rng(sample + 1) for sample in batch.samples.tolist()]
         found = [
-            self.place(end - begin, generators[begin // row_length], _part(answered, begin, end))
+            self.position_ids(
+                end - begin, generators[begin // row_length], _part(answered, begin, end)
+            )
             if has_target[begin:end].any()
             else np.arange(end - begin)
             for begin, end in pairwise(boundaries)
         ]
-        places = torch.from_numpy(np.concatenate(found)).view(batch.input_ids.shape)
-        return batch.at(places.to(batch.input_ids.device, self.dtype))
+        positions = torch.from_numpy(np.concatenate(found)).view(batch.input_ids.shape)
+        return batch.with_position_ids(positions.to(batch.input_ids.device, self.dtype))
 
     @property
     @abstractmethod
@@ -63,13 +65,13 @@ class Places(ABC):
         """Tokens of the context that the model then knows, as it is."""
 
     @abstractmethod
-    def place(
+    def position_ids(
         self,
         length: int,
         generator: np.random.Generator,
         answers: Bool[np.ndarray, " length"] | None,
     ) -> Num[np.ndarray, " length"]:
-        """Return the places of one document of `length` tokens, upwards."""
+        """Return the positions of one document of `length` tokens, upwards."""
 
 
 def _part(flags: np.ndarray | None, begin: int, end: int) -> np.ndarray | None:
@@ -77,7 +79,7 @@ def _part(flags: np.ndarray | None, begin: int, end: int) -> np.ndarray | None:
 
 
 def _room(length: int, context: int, name: str) -> int:
-    """Return the places that a document leaves free."""
+    """Return the positions that a document leaves free."""
     if length > context:
         raise ValueError(
             f"expected documents of at most {name} {context} tokens; got one of {length}; "
@@ -88,23 +90,23 @@ def _room(length: int, context: int, name: str) -> int:
 
 @final
 @dataclass(frozen=True)
-class PoSE(Places):
+class PoSE(PositionTransform):
     """Two chunks, the second moved away (Zhu et al. 2023, arXiv:2309.10400).
 
-    Of n tokens the first m ~ U{1 … ⌈n/2⌉} keep their places, and token i ≥ m stands at i + u, with
-    u ~ U{0 … target_context − n}; drawn as in the authors' code (dwzhu-pku/PoSE), which may also
-    leave out text between the chunks. Here the text stays whole.
+    Of n tokens the first m ~ U{1 … ⌈n/2⌉} keep their positions, and token i ≥ m stands at i + u,
+    with u ~ U{0 … target_context − n}; drawn as in the authors' code (dwzhu-pku/PoSE), which may
+    also leave out text between the chunks. Here the text stays whole.
     """
 
     target_context: int
-    """Places of the context to learn, in tokens; the last is target_context − 1."""
+    """Positions of the context to learn, in tokens; the last is target_context − 1."""
 
     @property
     def context(self) -> int:
         """target_context."""
         return self.target_context
 
-    def place(
+    def position_ids(
         self,
         length: int,
         generator: np.random.Generator,
@@ -114,14 +116,14 @@ class PoSE(Places):
         room = _room(length, self.target_context, "target_context")
         split = generator.integers(1, (length + 1) // 2, endpoint=True)
         shift = generator.integers(0, room, endpoint=True)
-        places = np.arange(length)
-        return places + shift * (places >= split)
+        positions = np.arange(length)
+        return positions + shift * (positions >= split)
 
 
 @final
 @dataclass(frozen=True)
-class SkipAlign(Places):
-    """Places skipped between the parts of a dialogue (Wu et al. 2024, arXiv:2405.03939).
+class SkipAlign(PositionTransform):
+    """Positions skipped between the parts of a dialogue (Wu et al. 2024, arXiv:2405.03939).
 
     From the i-th boundary on, tokens are moved by u_i = s_1 + … + s_i, with skips s_i.
     Reimplemented from descriptions of the paper, without its code. Ours is how skips are drawn: the
@@ -131,7 +133,7 @@ class SkipAlign(Places):
     """
 
     target_context: int
-    """Places of the context to learn, in tokens; the last is target_context − 1."""
+    """Positions of the context to learn, in tokens; the last is target_context − 1."""
     mode: Literal["all", "inner", "outer"] = "all"
     """Skip before every token, before answers (inner), or before what follows answers (outer)."""
 
@@ -140,7 +142,7 @@ class SkipAlign(Places):
         """target_context."""
         return self.target_context
 
-    def place(
+    def position_ids(
         self,
         length: int,
         generator: np.random.Generator,
@@ -151,14 +153,14 @@ class SkipAlign(Places):
         boundaries = self._boundaries(length, answers)
         shifts = generator.integers(0, room, len(boundaries), endpoint=True)
         shifts.sort()
-        places = np.arange(length)
-        behind = np.searchsorted(boundaries, places, side="right")
-        return places + np.append(0, shifts)[behind]
+        positions = np.arange(length)
+        behind = np.searchsorted(boundaries, positions, side="right")
+        return positions + np.append(0, shifts)[behind]
 
     def _boundaries(
         self, length: int, answers: Bool[np.ndarray, " length"] | None
     ) -> Int[np.ndarray, " boundaries"]:
-        """Tokens before which places may be skipped; never the first."""
+        """Tokens before which positions may be skipped; never the first."""
         if self.mode == "all":
             return np.arange(1, length)
         if answers is None:
@@ -173,7 +175,7 @@ class SkipAlign(Places):
 
 @final
 @dataclass(frozen=True)
-class E2LLM(Places):
+class E2LLM(PositionTransform):
     """PI by a random factor, at a random offset (Liu et al. 2024, arXiv:2401.06951).
 
     Token n stands at (n + t)/g, with g ~ U{1 … max_factor} and t ~ U{0 … g·R − R} for each
@@ -181,8 +183,8 @@ class E2LLM(Places):
     with `PositionInterpolation(factor=⌈L/R⌉)`. That g and t are drawn for each training sample is
     the paper's; their distributions, and that it is 4 tokens, are from memory and not verified.
 
-    All places are below R. In float32 they are off by at most g·R/2²⁴ of the spacing 1/g: 1 % up to
-    a context g·R of 167,772 tokens, 6 % at a million; the angles of PI are rounded as coarsely.
+    All positions are below R. In float32 they are off by at most g·R/2²⁴ of the spacing 1/g: 1 % up
+    to a context g·R of 167,772 tokens, 6 % at a million; the angles of PI are rounded as coarsely.
     """
 
     trained_context: int
@@ -204,7 +206,7 @@ class E2LLM(Places):
                 "set it to the longest context over trained_context"
             )
 
-    def place(
+    def position_ids(
         self,
         length: int,
         generator: np.random.Generator,
@@ -214,5 +216,5 @@ class E2LLM(Places):
         _room(length, self.trained_context, "trained_context")
         factor = generator.integers(1, self.max_factor, endpoint=True)
         offset = generator.integers(0, (factor - 1) * self.trained_context, endpoint=True)
-        places = np.arange(length)
-        return (places + offset * (places >= FIRST_TOKENS)) / factor
+        positions = np.arange(length)
+        return (positions + offset * (positions >= FIRST_TOKENS)) / factor

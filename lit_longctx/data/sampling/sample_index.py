@@ -30,7 +30,7 @@ def whole_shares(weights: Sequence[float]) -> list[int]:
 
 
 def quota_schedule(shares: Sequence[int]) -> list[int]:
-    """Order sources so that after every n samples each has its share of n to within one.
+    """SampleIndex sources so that after every n samples each has its share of n to within one.
 
     Tijdeman 1980, The chairman assignment problem: of the sources that are due, take the one whose
     deadline comes first. Exact whole-number arithmetic, sum(shares) entries.
@@ -52,7 +52,7 @@ def quota_schedule(shares: Sequence[int]) -> list[int]:
     return schedule
 
 
-class Order:
+class SampleIndex:
     """Global sample number → (source, window).
 
     Args:

@@ -7,7 +7,7 @@ import torch
 from schemes import every_scheme
 
 from lit_longctx.batch import NO_TARGET, pack
-from lit_longctx.data.sampling.places import E2LLM, FIRST_TOKENS, PoSE, SkipAlign
+from lit_longctx.data.sampling.position_transforms import E2LLM, FIRST_TOKENS, PoSE, SkipAlign
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import DynamicNTK, LongRoPE, PositionInterpolation, RoPE, XPos
 
@@ -221,7 +221,7 @@ def test_e2_llm_trains_what_position_interpolation_reads():
     assert set(factors.tolist()) == {1, 2, 3}
     for factor in (1, 2, 3):
         scaled = tiny(PositionInterpolation(100.0, factor=factor))
-        whole_places = batch.at((placed.position_ids * factor).round().long())
+        whole_places = batch.with_position_ids((placed.position_ids * factor).round().long())
         rows = factors == factor
         found = tiny(RoPE(100.0)).loss(placed)[1][rows]
         expected = scaled.loss(whole_places)[1][rows]
@@ -251,7 +251,9 @@ def test_every_position_scheme_takes_the_places(position, transform):
 
 def test_xpos_refuses_places_that_its_scales_cannot_hold():
     placed = PoSE(200_000)(whole(8, 20))
-    with pytest.raises(ValueError, match=r"xPos scales leave float32 at place .* set scale_base"):
+    with pytest.raises(
+        ValueError, match=r"xPos scales leave float32 at position .* set scale_base"
+    ):
         tiny(XPos()).loss(placed)
 
 

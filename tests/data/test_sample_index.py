@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from lit_longctx.data.sampling.order import PERIOD, Order, quota_schedule, whole_shares
+from lit_longctx.data.sampling.sample_index import PERIOD, SampleIndex, quota_schedule, whole_shares
 
 
 def draws(order, number, start=0):
@@ -17,7 +17,7 @@ def test_every_prefix_gives_each_source_its_share_to_within_one_window(sources):
     generator = random.Random(sources)
     for _ in range(4):
         weights = [generator.randint(1, 60) for _ in range(sources)]
-        order = Order([50] * sources, weights)
+        order = SampleIndex([50] * sources, weights)
         total = sum(weights)
         number = 3 * total + 7
         drawn = np.array([source for source, _ in draws(order, number)])
@@ -34,7 +34,7 @@ def test_real_weights_are_kept_to_the_stated_precision(seed):
     shares = whole_shares(weights)
     for share, weight in zip(shares, weights, strict=True):
         assert abs(share / sum(shares) - weight / sum(weights)) < 1 / PERIOD
-    order = Order([100] * len(weights), weights)
+    order = SampleIndex([100] * len(weights), weights)
     number = 2 * PERIOD
     drawn = np.array([source for source, _ in draws(order, number)])
     taken = np.cumsum(drawn[:, None] == np.arange(len(weights)), axis=0)
@@ -62,24 +62,24 @@ def test_whole_shares_by_hand(weights, shares):
 @pytest.mark.parametrize("weights", [[0, 1], [1, -1], [float("nan"), 1], [float("inf"), 1]])
 def test_weights_must_be_above_0(weights):
     with pytest.raises(ValueError, match="every weight must be above 0"):
-        Order([5, 5], weights)
+        SampleIndex([5, 5], weights)
 
 
 def test_a_source_without_windows_is_refused():
     with pytest.raises(ValueError, match=r"every source needs a window at least; got \[5, 0\]"):
-        Order([5, 0])
+        SampleIndex([5, 0])
 
 
 def test_without_weights_all_sources_end_together():
     windows = [30, 12, 6]
-    drawn = draws(Order(windows), 48)
+    drawn = draws(SampleIndex(windows), 48)
     assert sorted(drawn) == [(s, w) for s, number in enumerate(windows) for w in range(number)]
 
 
 @pytest.mark.parametrize("group", [None, [7, 4, 1], [1000, 3, 2]])
 def test_every_epoch_is_a_permutation_and_no_two_alike(group):
     windows = [101, 17, 6]
-    order = Order(windows, [3, 2, 1], seed=5, group=group)
+    order = SampleIndex(windows, [3, 2, 1], seed=5, group=group)
     drawn = draws(order, 6 * 250)
     for source, size in enumerate(windows):
         mine = [window for s, window in drawn if s == source]
@@ -92,38 +92,38 @@ def test_every_epoch_is_a_permutation_and_no_two_alike(group):
 def test_seeds_and_sources_are_shuffled_apart():
     orders = {}
     for seed in range(5):
-        drawn = draws(Order([40, 40], [1, 1], seed=seed), 80)
+        drawn = draws(SampleIndex([40, 40], [1, 1], seed=seed), 80)
         for source in range(2):
             orders[seed, source] = tuple(window for s, window in drawn if s == source)
     assert len(set(orders.values())) == 10
 
 
 def test_every_window_is_first_equally_often():
-    first = Counter(Order([4], seed=seed)(0)[1] for seed in range(2000))
+    first = Counter(SampleIndex([4], seed=seed)(0)[1] for seed in range(2000))
     assert all(abs(first[window] - 500) < 5 * (2000 * 0.25 * 0.75) ** 0.5 for window in range(4))
 
 
 def test_a_sample_is_a_pure_function_of_its_number():
     settings = ([101, 17, 6], [0.31, 0.42, 0.27], 3, [7, 4, 6])
-    forward = draws(Order(*settings), 2000)
-    order = Order(*settings)
+    forward = draws(SampleIndex(*settings), 2000)
+    order = SampleIndex(*settings)
     numbers = list(range(2000))
     random.Random(0).shuffle(numbers)
     assert {n: order(n) for n in numbers} == dict(enumerate(forward))
-    assert draws(Order(*settings), 100, start=1900) == forward[1900:]
+    assert draws(SampleIndex(*settings), 100, start=1900) == forward[1900:]
     far = 10**12 + 7
-    assert Order(*settings)(far) == order(far)
+    assert SampleIndex(*settings)(far) == order(far)
 
 
 def test_the_order_of_a_seed_never_changes():
-    drawn = draws(Order([5, 3], [2, 1], seed=0, group=[2, 3]), 12)
+    drawn = draws(SampleIndex([5, 3], [2, 1], seed=0, group=[2, 3]), 12)
     assert drawn[:6] == [(0, 4), (1, 1), (0, 0), (0, 1), (1, 2), (0, 3)]
     assert drawn[6:] == [(0, 2), (1, 0), (0, 3), (0, 2), (1, 0), (0, 4)]
 
 
 @pytest.mark.parametrize(("windows", "group"), [(23, 5), (20, 5), (6, 5), (5, 5), (3, 5), (9, 1)])
 def test_a_group_is_read_through_before_the_next_begins(windows, group):
-    order = Order([windows], seed=1, group=[group])
+    order = SampleIndex([windows], seed=1, group=[group])
     groups = [list(range(i, min(i + group, windows))) for i in range(0, windows, group)]
     first_groups = set()
     for epoch in range(40):
@@ -140,7 +140,7 @@ def test_a_group_is_read_through_before_the_next_begins(windows, group):
 
 
 def test_windows_are_shuffled_within_their_group():
-    order = Order([23], seed=1, group=[5])
+    order = SampleIndex([23], seed=1, group=[5])
     places = Counter()
     for epoch in range(300):
         drawn = [window for _, window in draws(order, 23, epoch * 23)]
@@ -164,17 +164,17 @@ def test_the_schedule_stays_within_tijdemans_bound():
 
 
 def test_a_source_is_shuffled_by_its_key_wherever_it_stands():
-    both = Order([40, 60], [1, 1], seed=3, group=[8, 7])
+    both = SampleIndex([40, 60], [1, 1], seed=3, group=[8, 7])
     second = [window for source, window in draws(both, 200) if source == 1]
-    alone = Order([60], seed=3, group=[7], keys=[1])
+    alone = SampleIndex([60], seed=3, group=[7], keys=[1])
     assert [window for _, window in draws(alone, 100)] == second
 
 
 def test_windows_that_count_as_drawn_come_later():
-    order = Order([40, 60], [1, 2], seed=3, group=[8, 7])
+    order = SampleIndex([40, 60], [1, 2], seed=3, group=[8, 7])
     drawn = order.drawn(50)
     assert sum(drawn) == 50
-    found = draws(Order([40, 60], [1, 2], seed=3, group=[8, 7], begun=drawn), 60)
+    found = draws(SampleIndex([40, 60], [1, 2], seed=3, group=[8, 7], begun=drawn), 60)
     expected = draws(order, 60, start=50)
     for source in (0, 1):
         mine = [window for s, window in found if s == source]

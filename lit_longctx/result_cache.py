@@ -10,7 +10,7 @@ Of = dict[str, Any]
 """All that decides a value; JSON can say it."""
 
 
-class Journal:
+class ResultCache:
     """Values by what decides them, a line of a file each, on the disk before they are used.
 
     What anything else decides is not found, and got anew. A line torn by a stop is dropped. One
@@ -32,7 +32,7 @@ class Journal:
             self.file.close()
             raise
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "ResultCache":
         return self
 
     def __exit__(self, *_: object) -> None:
