@@ -1,17 +1,17 @@
-# make quickstart | sft_quickstart | test | slow | cases | check | clean — everything happens in .venv
+# make quickstart | sft_quickstart | test | slow | cases | check | docs | clean — everything happens in .venv
 PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
 BIN = .venv/bin
 RUN = $(BIN)/lit_longctx
 
-.PHONY: quickstart sft_quickstart test slow cases check venv clean
+.PHONY: quickstart sft_quickstart test slow cases check docs venv clean
 
 # one install for everything: `make test` after `make quickstart` finds nothing left to do
 venv: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), f'Python 3.11 or newer is needed, this is {sys.version}'"
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[hf,eval,scale,synthesize,notebooks,dev]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[hf,eval,scale,synthesize,notebooks,docs,dev]'
 	touch $@
 
 quickstart: venv
@@ -47,6 +47,9 @@ check: venv
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir runs/site
 
 clean:
 	rm -rf .venv data runs exports
