@@ -1,6 +1,8 @@
 """MkDocs hook that writes the configuration page: options of every verb and class."""
 
+import html
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +22,18 @@ from lit_longctx.evaluation.retrieval.grid import Grid
 from lit_longctx.generate import generate_text
 from lit_longctx.training import callbacks, module, parallel, probes, schedule
 
+QUALIFIED = re.compile(r"\b(?:\w+\.)+(?=\w)")
+"""Modules before the name of a class."""
 SCHEMES = [getattr(position, name) for name in position.__all__]
+"""Abstract ones among them are left out."""
 SECTIONS: dict[str, list[Callable[..., Any]]] = {
     "Verbs": [prepare, mix, synthesize, evaluate, export, generate_text],
     "fit: `model`": [module.ContinualPretrain, module.SFT],
-    "fit: `model.position`": [each for each in SCHEMES if inspect.isclass(each)],
+    "fit: `model.position`": [
+        each
+        for each in SCHEMES
+        if inspect.isclass(each) and not inspect.isabstract(each) and each is not position.Rotary
+    ],
     "fit: `model.schedule`": [
         schedule.WarmupCosine,
         schedule.WarmupLinear,
@@ -55,7 +64,8 @@ def section(item: Callable[..., Any]) -> str:
     """Return heading, first sentence and a table of options."""
     docs = docstring_parser.parse_from_object(item)
     said = {param.arg_name: " ".join((param.description or "").split()) for param in docs.params}
-    lines = [f"### {item.__name__}", "", docs.short_description or "", ""]
+    name = item.__name__.removesuffix("_text")
+    lines = [f"### {name}", "", docs.short_description or "", ""]
     parameters = [
         (name, parameter)
         for name, parameter in inspect.signature(item).parameters.items()
@@ -64,7 +74,7 @@ def section(item: Callable[..., Any]) -> str:
     if parameters:
         lines += ["| option | type | default | |", "|---|---|---|---|"]
     for name, parameter in parameters:
-        kind = _shown(inspect.formatannotation(parameter.annotation).replace("lit_longctx.", ""))
+        kind = _shown(QUALIFIED.sub("", inspect.formatannotation(parameter.annotation)))
         empty = parameter.default is parameter.empty
         default = "required" if empty else _shown(repr(parameter.default))
         lines.append(f"| `{name}` | {kind} | {default} | {_escaped(said.get(name, ''))} |")
@@ -72,7 +82,7 @@ def section(item: Callable[..., Any]) -> str:
 
 
 def _shown(code: str) -> str:
-    return f"`{_escaped(code)}`"
+    return f"<code>{html.escape(code).replace('|', '&#124;')}</code>"
 
 
 def _escaped(text: str) -> str:
