@@ -75,7 +75,7 @@ def prepare_datasets(file: str, tokenizer: str, folder: str) -> Found:
     """Time `datasets` as its guides have it, with the same tokenizer opened by transformers."""
     from transformers import AutoTokenizer
 
-    from lit_longctx.data.tokens.tokenizer import open_tokenizer
+    from lit_longctx.data.tokens.opening import open_tokenizer
 
     opened = Path(folder, "tokenizer")
     opened.mkdir()
@@ -93,7 +93,7 @@ def prepare_arrays(file: str, tokenizer: str, folder: str) -> Found:
     """Time `datasets` with our own encoding and arrays of 16 bits: the most it can give."""
     import numpy as np
 
-    from lit_longctx.data.tokens.tokenizer import open_tokenizer
+    from lit_longctx.data.tokens.opening import open_tokenizer
 
     def tokenise(rows: dict[str, list[str]]) -> dict[str, list[np.ndarray]]:
         coder = open_tokenizer(tokenizer)

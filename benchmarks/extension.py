@@ -32,7 +32,7 @@ from lit_longctx import plots
 from lit_longctx.checkpoint import export_pretrained, load_pretrained
 from lit_longctx.cli import main as lit_longctx
 from lit_longctx.data.making.synthetic import HEAD, KeyValues, text
-from lit_longctx.data.tokens.tokenizer import open_tokenizer
+from lit_longctx.data.tokens.opening import open_tokenizer
 from lit_longctx.evaluation.retrieval.key_values import KeyValues as Probe
 from lit_longctx.evaluation.retrieval.probes import generated, teacher_forced
 from lit_longctx.evaluation.retrieval.prompts import Haystack

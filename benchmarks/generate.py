@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from train_step import peak, reset_peak, resident
 
 from lit_longctx.checkpoint import export_pretrained, load_pretrained
-from lit_longctx.generate import generate
+from lit_longctx.decoding import generate
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from lit_longctx.checkpoint import export_pretrained, load_pretrained, open_checkpoint, parameters
 from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer
-from lit_longctx.generate import reading
+from lit_longctx.decoding import reading
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE, TransformerXL
 

@@ -11,7 +11,8 @@ from training import runs, test_sft
 from lit_longctx.checkpoint import export_pretrained, load_pretrained, open_checkpoint
 from lit_longctx.checkpoint.companions import TOKENIZER_FILES
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer
-from lit_longctx.generate import decode, stream
+from lit_longctx.decoding import decode
+from lit_longctx.generate import stream
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE, YaRN
 

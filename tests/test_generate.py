@@ -16,16 +16,10 @@ from torch import Tensor
 from lit_longctx import cli
 from lit_longctx.batch import pack
 from lit_longctx.checkpoint import export_pretrained
-from lit_longctx.data.tokens.tokenizer import ByteTokenizer, JsonTokenizer
-from lit_longctx.generate import (
-    Sampling,
-    TextStream,
-    decode,
-    generate,
-    generate_text,
-    reading,
-    stream,
-)
+from lit_longctx.data.tokens.libraries import JsonTokenizer
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer
+from lit_longctx.decoding import Sampling, decode, generate, reading
+from lit_longctx.generate import TextStream, generate_text, stream
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.model.attention import AttnImplementation
 from lit_longctx.model.cache import Cache

@@ -18,7 +18,8 @@ from lit_longctx import hub
 from lit_longctx.checkpoint import export_pretrained, load_pretrained, open_checkpoint
 from lit_longctx.data.making.prepare import anywhere
 from lit_longctx.data.reading.documents import Faults, Reader
-from lit_longctx.data.tokens.tokenizer import ByteTokenizer, open_tokenizer
+from lit_longctx.data.tokens.opening import open_tokenizer
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 

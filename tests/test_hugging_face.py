@@ -8,7 +8,7 @@ from differences import assert_near
 
 from lit_longctx.checkpoint import export_pretrained, load_pretrained, parameters
 from lit_longctx.checkpoint.rope_config import read_position
-from lit_longctx.generate import reading
+from lit_longctx.decoding import reading
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import (
     DynamicNTK,

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_longctx.batch import one_document, pack
-from lit_longctx.generate import decode, reading
+from lit_longctx.decoding import decode, reading
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.model.cache import Cache
 from lit_longctx.model.keys import KeySource

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lit_longctx.checkpoint import load_pretrained
-from lit_longctx.generate import reading
+from lit_longctx.decoding import reading
 from lit_longctx.position import Llama3, RoPE
 
 DIM, LAYERS, HEADS, KV, VOCAB, HIDDEN = 32, 2, 4, 2, 50, 48

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from schemes import every_scheme
 
 from lit_longctx.batch import pack
-from lit_longctx.generate import reading
+from lit_longctx.decoding import reading
 from lit_longctx.model import Llama, LlamaConfig, initial_weight
 from lit_longctx.model.cache import Cache
 from lit_longctx.position import PositionScheme, RoPE

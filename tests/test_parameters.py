@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import edit, tiny
 
 from lit_longctx.checkpoint import export_pretrained, load_pretrained, parameters
-from lit_longctx.generate import reading
+from lit_longctx.decoding import reading
 
 transformers = pytest.importorskip("transformers")
 

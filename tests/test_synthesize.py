@@ -25,11 +25,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from lit_longctx import cli
 from lit_longctx.checkpoint import export_pretrained
 from lit_longctx.data.making import synthesize
+from lit_longctx.data.making.generators import Checkpoint, Endpoint
 from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.making.self_instruct import Reply, Unanswered
-from lit_longctx.data.making.synthesize import Checkpoint, Endpoint
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer
-from lit_longctx.generate import generate
+from lit_longctx.decoding import generate
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 
@@ -397,7 +397,7 @@ def killed_while(server, flags, replies):
     begun, dead = len(server.log), threading.Event()
     server.hold = lambda number: number <= begun + replies or dead.wait()
     code = (
-        "import sys; from lit_longctx import cli, synthesize; "
+        "import sys; from lit_longctx import cli; from lit_longctx.data.making import synthesize; "
         "cli.call(synthesize.synthesize, 'synthesize', sys.argv[1:])"
     )
     process = subprocess.Popen([sys.executable, "-c", code, *flags], stdout=subprocess.DEVNULL)

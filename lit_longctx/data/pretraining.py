@@ -26,7 +26,7 @@ from lit_longctx.data.sampling.steps import (
 from lit_longctx.data.store.mds import MDSWindows, open_windows
 from lit_longctx.data.store.storage import ObjectStorage
 from lit_longctx.data.store.windows import Windows
-from lit_longctx.data.tokens.tokenizer import described, open_tokenizer
+from lit_longctx.data.tokens.opening import described, open_tokenizer
 
 SHUFFLED_CHUNKS = 4
 """Chunks whose windows are shuffled together."""

@@ -16,7 +16,7 @@ from lit_longctx.data.store.chunks import BLOCK
 from lit_longctx.data.store.remote import open_folder
 from lit_longctx.data.store.storage import ObjectStorage
 from lit_longctx.data.store.windows import Windows
-from lit_longctx.data.tokens.tokenizer import check_tokenizer, open_tokenizer
+from lit_longctx.data.tokens.opening import check_tokenizer, open_tokenizer
 from lit_longctx.evaluation.candidates import Candidate, open_candidates
 from lit_longctx.evaluation.loss.held_out import HeldOutLoss
 from lit_longctx.evaluation.loss.sliding import SlidingWindow, SlidingWindowPerplexity

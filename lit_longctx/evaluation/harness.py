@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from lit_longctx.batch import pack
 from lit_longctx.checkpoint import describe_layers, open_checkpoint
-from lit_longctx.data.tokens.tokenizer import open_tokenizer
-from lit_longctx.generate import GREEDY, Sampling, TextStream, decode, ends_of
+from lit_longctx.data.tokens.opening import open_tokenizer
+from lit_longctx.decoding import GREEDY, Sampling, decode
+from lit_longctx.generate import TextStream, ends_of
 from lit_longctx.model import chosen_device
 from lit_longctx.model.attention import AttnImplementation
 from lit_longctx.model.head import token_top1_correct

@@ -21,7 +21,7 @@ from lit_longctx.checkpoint import (
 )
 from lit_longctx.context_parallel import ContextParallel, apply_context_parallel
 from lit_longctx.data.sampling.interface import DataDescription, TrainingData, describe_data
-from lit_longctx.data.tokens.tokenizer import check_tokenizer
+from lit_longctx.data.tokens.opening import check_tokenizer
 from lit_longctx.evaluation.loss.metrics import LossByPosition
 from lit_longctx.model import Llama, LlamaConfig, layers_of
 from lit_longctx.model.attention import AttnImplementation, automatic

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_longctx.data.sampling.interface import describe_data
 from lit_longctx.data.sampling.steps import StepData, data_rank
 from lit_longctx.data.store.windows import Windows
-from lit_longctx.data.tokens.tokenizer import open_tokenizer
+from lit_longctx.data.tokens.opening import open_tokenizer
 from lit_longctx.evaluation.evaluate import haystack
 from lit_longctx.evaluation.retrieval.grid import Grid, Probe
 from lit_longctx.evaluation.retrieval.probes import teacher_forced

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lit_longctx.checkpoint import load_pretrained
 from lit_longctx.checkpoint.hugging_face import read_config
-from lit_longctx.generate import reading
+from lit_longctx.decoding import reading
 from lit_longctx.position import Rotary
 
 T = TypeVar("T")

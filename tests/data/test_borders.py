@@ -15,7 +15,7 @@ from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.making.scale import join, part_folder
 from lit_longctx.data.pretraining import PretrainData, Source
 from lit_longctx.data.store.windows import Windows
-from lit_longctx.data.tokens.tokenizer import open_tokenizer
+from lit_longctx.data.tokens.opening import open_tokenizer
 from lit_longctx.evaluation.loss.held_out import HeldOutLoss
 from lit_longctx.evaluation.retrieval.prompts import Haystack
 from lit_longctx.model import Llama, LlamaConfig

@@ -16,7 +16,8 @@ from lit_longctx.data.pretraining import PretrainData, Source
 from lit_longctx.data.store.windows import Windows
 from lit_longctx.data.tokens.chat_template import ChatTemplate
 from lit_longctx.data.tokens.chats import Conversation, Message
-from lit_longctx.data.tokens.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
+from lit_longctx.data.tokens.opening import open_tokenizer
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer, Tokenizer
 from lit_longctx.evaluation.evaluate import haystack
 from lit_longctx.evaluation.retrieval.probes import TASKS, task_named
 from lit_longctx.generate import generate_text

@@ -21,8 +21,9 @@ from tokenizers import (
 
 from lit_longctx.data.tokens.chat_template import ChatTemplate
 from lit_longctx.data.tokens.chats import Conversation, Malformed, Message, conversation
+from lit_longctx.data.tokens.opening import open_tokenizer
 from lit_longctx.data.tokens.templates import compiled
-from lit_longctx.data.tokens.tokenizer import ByteTokenizer, open_tokenizer
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>"]
 SPECIALS += ["<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]

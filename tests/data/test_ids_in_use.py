@@ -14,7 +14,7 @@ from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.making.scale import join
 from lit_longctx.data.pretraining import PretrainData, Source
 from lit_longctx.data.store.windows import Windows
-from lit_longctx.data.tokens.tokenizer import check_tokenizer, described, open_tokenizer
+from lit_longctx.data.tokens.opening import check_tokenizer, described, open_tokenizer
 
 ROWS = 90
 """Of the model's embedding; the tokenizer's ids go up to 99, as if one were an unused [PAD]."""

@@ -10,14 +10,9 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
-from lit_longctx.data.tokens.tokenizer import (
-    ByteTokenizer,
-    JsonTokenizer,
-    SentencePieceTokenizer,
-    fingerprint_of,
-    open_tokenizer,
-    round_trip,
-)
+from lit_longctx.data.tokens.libraries import JsonTokenizer, SentencePieceTokenizer
+from lit_longctx.data.tokens.opening import fingerprint_of, open_tokenizer, round_trip
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<pad>"]
 

@@ -16,10 +16,10 @@ from training import runs
 
 from lit_longctx.batch import Batch
 from lit_longctx.checkpoint import export_pretrained
+from lit_longctx.decoding import reading
 from lit_longctx.evaluation.evaluate import evaluate
 from lit_longctx.evaluation.loss.held_out import HeldOutLoss
 from lit_longctx.evaluation.loss.sliding import SlidingWindow
-from lit_longctx.generate import reading
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import NoPE, PositionInterpolation, RoPE, TransformerXL, YaRN
 

@@ -19,7 +19,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lit_longctx import manifest
 from lit_longctx.checkpoint import MODEL, describe, export_pretrained
-from lit_longctx.data.tokens.tokenizer import ByteTokenizer, JsonTokenizer
+from lit_longctx.data.tokens.libraries import JsonTokenizer
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 from lit_longctx.model import Llama, LlamaConfig, chosen_device
 from lit_longctx.position import PositionScheme, RoPE, TransformerXL, XPos
 

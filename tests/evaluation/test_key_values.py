@@ -10,7 +10,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lit_longctx.batch import pack
 from lit_longctx.data.making import synthetic
-from lit_longctx.data.tokens.tokenizer import ByteTokenizer, open_tokenizer
+from lit_longctx.data.tokens.opening import open_tokenizer
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 from lit_longctx.evaluation.retrieval.key_values import KeyValues
 from lit_longctx.evaluation.retrieval.probes import generated, teacher_forced
 from lit_longctx.evaluation.retrieval.prompts import Haystack

@@ -13,7 +13,8 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from lit_longctx.checkpoint import export_pretrained
-from lit_longctx.data.tokens.tokenizer import ByteTokenizer, open_tokenizer
+from lit_longctx.data.tokens.opening import open_tokenizer
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 from lit_longctx.evaluation.retrieval.probes import TASKS, generated, task_named, teacher_forced
 from lit_longctx.evaluation.retrieval.prompts import Haystack, Hidden, hide, neutral_text, piece
 from lit_longctx.evaluation.retrieval.ruler import CommonWords, MultiKey

@@ -7,7 +7,7 @@ import torch
 from schemes import every_scheme
 
 from lit_longctx.checkpoint import export_pretrained, load_pretrained, open_checkpoint
-from lit_longctx.generate import reading
+from lit_longctx.decoding import reading
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.model.layers import LayerKind, Layers
 from lit_longctx.position import DynamicNTK, NoPE, RoPE, TransformerXL, YaRN

@@ -14,9 +14,9 @@ from training import runs
 from lit_longctx.checkpoint import load_pretrained
 from lit_longctx.data.store.windows import Windows
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer
+from lit_longctx.decoding import reading
 from lit_longctx.evaluation.retrieval.prompts import Haystack
 from lit_longctx.evaluation.retrieval.tasks import Passkey
-from lit_longctx.generate import reading
 
 LENGTHS, DEPTHS = [256, 280, 300], [0.0, 50.0, 100.0]
 PROBES = {

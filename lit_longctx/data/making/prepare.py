@@ -27,16 +27,15 @@ from lit_longctx.data.sampling.conversations import conversation_file_parts, ren
 from lit_longctx.data.store.chunks import BLOCK, SPLITS, SplitWriter
 from lit_longctx.data.tokens.chat_template import ChatTemplate
 from lit_longctx.data.tokens.encode import encoded
-from lit_longctx.data.tokens.special_tokens import AddBos
-from lit_longctx.data.tokens.tokenizer import (
-    Ids,
-    Tokenizer,
+from lit_longctx.data.tokens.opening import (
     check_tokenizer,
     describe_borders,
     described,
     open_tokenizer,
     round_trip,
 )
+from lit_longctx.data.tokens.special_tokens import AddBos
+from lit_longctx.data.tokens.tokenizer import Ids, Tokenizer
 
 OWN = ("output", "source", "part", "parts", "executor")
 """Arguments that are not the same for every part."""

@@ -11,13 +11,9 @@ from collections.abc import Callable
 import tokenizers
 from tokenizers import AddedToken
 
+from lit_longctx.data.tokens.libraries import JsonTokenizer, SentencePieceTokenizer
 from lit_longctx.data.tokens.special_tokens import read_config
-from lit_longctx.data.tokens.tokenizer import (
-    ByteTokenizer,
-    JsonTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-)
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer, Tokenizer
 
 MARK = re.compile(r"\0(\d+)\0")
 """What `mark` makes."""

@@ -11,13 +11,9 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lit_longctx.checkpoint.companions import CHAT_TEMPLATE
+from lit_longctx.data.tokens.libraries import JsonTokenizer, SentencePieceTokenizer
 from lit_longctx.data.tokens.special_tokens import named, read_config
-from lit_longctx.data.tokens.tokenizer import (
-    ByteTokenizer,
-    JsonTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-)
+from lit_longctx.data.tokens.tokenizer import ByteTokenizer, Tokenizer
 
 PLAIN = (
     "{{ bos_token }}{% for message in messages %}"

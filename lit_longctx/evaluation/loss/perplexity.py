@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 
 from lit_longctx.batch import NO_TARGET
-from lit_longctx.generate import reading
+from lit_longctx.decoding import reading
 from lit_longctx.model import Llama
 
 

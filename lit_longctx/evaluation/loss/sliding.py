@@ -9,7 +9,7 @@ import numpy as np
 
 from lit_longctx import plots
 from lit_longctx.data.store.windows import Windows
-from lit_longctx.data.tokens.tokenizer import open_tokenizer
+from lit_longctx.data.tokens.opening import open_tokenizer
 from lit_longctx.evaluation.loss.perplexity import (
     SlidingWindowNats,
     perplexity,

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from lit_longctx.data.sampling.conversations import Conversations
-from lit_longctx.data.tokens.tokenizer import open_tokenizer
+from lit_longctx.data.tokens.opening import open_tokenizer
 from lit_longctx.evaluation.measure import Comparison, EvalItem, Measure, Section
 from lit_longctx.evaluation.retrieval.probes import generated_answers, teacher_forced
 from lit_longctx.evaluation.retrieval.prompts import Sample

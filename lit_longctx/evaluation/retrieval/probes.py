@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from lit_longctx.batch import NO_TARGET, pack
 from lit_longctx.data.tokens.tokenizer import Tokenizer
+from lit_longctx.decoding import generate
 from lit_longctx.evaluation.retrieval.key_values import KeyValues
 from lit_longctx.evaluation.retrieval.prompts import Sample
 from lit_longctx.evaluation.retrieval.ruler import (
@@ -20,7 +21,6 @@ from lit_longctx.evaluation.retrieval.ruler import (
     VariableTracking,
 )
 from lit_longctx.evaluation.retrieval.tasks import FirstSentence, Needle, Passkey, Task
-from lit_longctx.generate import generate
 from lit_longctx.model import Llama
 
 TASKS: dict[str, type[Task]] = {
