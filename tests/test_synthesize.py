@@ -24,7 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lit_longctx import cli
 from lit_longctx.checkpoint import export_pretrained
-from lit_longctx.data.making import synthesize
+from lit_longctx.data.making import generators, synthesize
 from lit_longctx.data.making.generators import Checkpoint, Endpoint
 from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.making.self_instruct import Reply, Unanswered
@@ -355,7 +355,7 @@ def test_requests_are_spread_over_the_minute_and_retries_with_them(server, tmp_p
     """The clock stands still, so that pauses are as long as the requests before them want."""
     pauses, unpaused = [], []
     monkeypatch.setattr(
-        synthesize, "time", SimpleNamespace(monotonic=lambda: 100.0, sleep=pauses.append)
+        generators, "time", SimpleNamespace(monotonic=lambda: 100.0, sleep=pauses.append)
     )
     server.hold = lambda number: unpaused.extend([number] * (number > len(pauses)))
     server.act = lambda asked, attempt: (
@@ -372,7 +372,7 @@ def test_requests_are_spread_over_the_minute_and_retries_with_them(server, tmp_p
 def test_time_without_requests_is_not_made_up_for(server, monkeypatch):
     clock, pauses = [100.0], []
     monkeypatch.setattr(
-        synthesize, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=pauses.append)
+        generators, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=pauses.append)
     )
     model = Endpoint(server.url, "parrot", requests_per_minute=60)
     for clock[0] in (100.0, 100.25, 500.0, 500.0, 500.0):
