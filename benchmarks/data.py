@@ -269,10 +269,10 @@ def texts(input: str, megabytes: float) -> Iterator[str]:
 
     `stdlib` gives a document per package of Python's standard library.
     """
-    from lit_longctx.data.reading.documents import Faults, Reader
+    from lit_longctx.data.reading.documents import DocumentReader, Faults
 
     left = megabytes * 1e6
-    for document in cycle(Reader().documents([input], Faults(1.0))):
+    for document in cycle(DocumentReader().documents([input], Faults(1.0))):
         yield document.text
         left -= len(document.text.encode())
         if left <= 0:

@@ -34,8 +34,8 @@ from lit_longctx.cli import main as lit_longctx
 from lit_longctx.data.making.synthetic import HEAD, KeyValues, text
 from lit_longctx.data.tokens.opening import open_tokenizer
 from lit_longctx.evaluation.retrieval.key_values import KeyValues as Probe
-from lit_longctx.evaluation.retrieval.probes import generated, teacher_forced
 from lit_longctx.evaluation.retrieval.prompts import Haystack
+from lit_longctx.evaluation.retrieval.scoring import generated, teacher_forced
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import PositionInterpolation, PositionScheme, RoPE, YaRN
 

@@ -83,7 +83,7 @@ def trained(scheme: position.PositionScheme) -> tuple[Llama, torch.optim.Optimiz
 
 def step(llama: Llama, optimizer: torch.optim.Optimizer, name: str, batch: Batch) -> None:
     if llama.position != SCHEMES[name]:
-        llama.layers = Layers.alike(SCHEMES[name], SHAPE.num_hidden_layers)
+        llama.layers = Layers.uniform(SCHEMES[name], SHAPE.num_hidden_layers)
         for block in llama.model.layers:
             attention: Any = block.self_attn
             attention.position = SCHEMES[name].layer(HEADS, DIM)

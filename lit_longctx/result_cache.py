@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-Of = dict[str, Any]
+CacheKey = dict[str, Any]
 """All that decides a value; JSON can say it."""
 
 
@@ -59,17 +59,17 @@ class ResultCache:
                     f"{self.path} is altered: line {number} holds no value; remove that line"
                 ) from None
 
-    def __contains__(self, of: Of) -> bool:
+    def __contains__(self, key: CacheKey) -> bool:
         """Whether the value is here."""
-        return _key(of) in self.values
+        return _key(key) in self.values
 
-    def __getitem__(self, of: Of) -> Any:
+    def __getitem__(self, key: CacheKey) -> Any:
         """Return the value."""
-        return self.values[_key(of)]
+        return self.values[_key(key)]
 
-    def add(self, of: Of, value: Any) -> None:
+    def add(self, key: CacheKey, value: Any) -> None:
         """Keep a value; it is on the disk when this returns."""
-        line = json.dumps({"of": of, "value": value}, allow_nan=False).encode() + b"\n"
+        line = json.dumps({"of": key, "value": value}, allow_nan=False).encode() + b"\n"
         end = self.file.seek(0, os.SEEK_END)
         try:
             if self.file.write(line) < len(line):
@@ -78,8 +78,8 @@ class ResultCache:
         except OSError:
             self.file.truncate(end)  # else the next value would stand behind half a line
             raise
-        self.values[_key(of)] = value
+        self.values[_key(key)] = value
 
 
-def _key(of: Of) -> str:
-    return json.dumps(of, sort_keys=True)
+def _key(key: CacheKey) -> str:
+    return json.dumps(key, sort_keys=True)

@@ -59,8 +59,8 @@ def run_of(
     opened, folder = open_checkpoint(start), tmp_path / "run" / "checkpoints" / "step-1"
     folder.mkdir(parents=True)
     (folder / MODEL).write_text("{}")
-    layers = Layers.alike(position, 1)
-    told = before and {**describe_layers(Layers.alike(origin, 1)), "context": before}
+    layers = Layers.uniform(position, 1)
+    told = before and {**describe_layers(Layers.uniform(origin, 1)), "context": before}
     return replace(opened, path=folder, layers=layers, trained_context=trained, origin=told)
 
 
@@ -91,7 +91,7 @@ def test_a_run_that_goes_on_with_its_starts_factor_stretches_no_further(
     scheme = PositionInterpolation(1e5, factor=4)
     opened = run_of(start, tmp_path, 32_768, replace(scheme, theta=2e5), 32_768, scheme)
     assert opened.context_with(opened.layers)[0] == 32_768
-    assert opened.context_with(Layers.alike(YaRN(1e5, factor=8, original_context=8192), 1)) == (
+    assert opened.context_with(Layers.uniform(YaRN(1e5, factor=8, original_context=8192), 1)) == (
         65_536,
         "the reach of YaRN, factor 8 × 8,192",
     )

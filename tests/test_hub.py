@@ -17,7 +17,7 @@ import torch
 from lit_longctx import hub
 from lit_longctx.checkpoint import export_pretrained, load_pretrained, open_checkpoint
 from lit_longctx.data.making.prepare import anywhere
-from lit_longctx.data.reading.documents import Faults, Reader
+from lit_longctx.data.reading.documents import DocumentReader, Faults
 from lit_longctx.data.tokens.opening import open_tokenizer
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 from lit_longctx.model import Llama, LlamaConfig
@@ -268,7 +268,7 @@ def test_texts_of_a_data_set_are_read(server, cached):
 
     HfFileSystem.clear_instance_cache()
     faults = Faults()
-    found = list(Reader().documents(["hf://datasets/org/texts"], faults))
+    found = list(DocumentReader().documents(["hf://datasets/org/texts"], faults))
     assert [document.text for document in found] == [str(i) for i in range(50)]
     assert found[0].id == "data/a.jsonl:1"
 
@@ -281,7 +281,7 @@ def test_a_data_set_that_does_not_answer_is_one_line(server, cached, monkeypatch
     server.delay = 30.0
     begin = time.monotonic()
     with pytest.raises(ValueError, match="hf://datasets/org/texts cannot be listed: ") as found:
-        Reader().file_parts(["hf://datasets/org/texts"])
+        DocumentReader().file_parts(["hf://datasets/org/texts"])
     assert "\n" not in str(found.value)
     assert time.monotonic() - begin < 60
 

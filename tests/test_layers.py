@@ -148,7 +148,7 @@ def test_codes_and_masks_are_made_once_for_each_kind(monkeypatch):
 
 
 def test_layers_say_what_they_are():
-    assert Layers.alike(RoPE(THETA), 4).position == RoPE(THETA)
+    assert Layers.uniform(RoPE(THETA), 4).position == RoPE(THETA)
     assert str(MIXED) == (
         "2 × RoPE(theta=500.0) in windows of 5, 1 × RoPE(theta=500.0), 1 × NoPE()"
     )
@@ -173,7 +173,7 @@ def test_another_theta_reaches_every_layer_that_has_one():
 
 @torch.no_grad()
 def test_a_memory_refuses_what_depends_on_length():
-    layers = Layers.alike(DynamicNTK(factor=2, original_context=10), 4)
+    layers = Layers.uniform(DynamicNTK(factor=2, original_context=10), 4)
     with pytest.raises(ValueError, match="DynamicNTK cannot have a memory"):
         mixed(layers=layers).loss(pack(windows(), bos=1), Memory(8))
 

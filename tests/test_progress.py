@@ -8,8 +8,8 @@ import pytest
 from training import runs
 
 from lit_longctx import progress
-from lit_longctx.data.making.read_progress import Reading
-from lit_longctx.data.reading.documents import Reader
+from lit_longctx.data.making.read_progress import ReadProgress
+from lit_longctx.data.reading.documents import DocumentReader
 from lit_longctx.data.reading.faults import Faults
 from lit_longctx.progress import Heartbeat, TimeLeft, counted, duration
 
@@ -82,7 +82,7 @@ def test_reading_says_files_and_the_time_left_by_their_bytes(
     for name, size in sizes.items():
         (tmp_path / f"{name}.txt").write_text("x" * size)
     clock = Clock(monkeypatch)
-    with Reading(Reader().file_parts([str(tmp_path)]), every=1e9) as reading:
+    with ReadProgress(DocumentReader().file_parts([str(tmp_path)]), every=1e9) as reading:
         assert capsys.readouterr().out == "prepare: reading 2 files, 0.4 MB\n"
         first, second = (unit.read(Faults()) for unit in reading.file_parts)
         next(first)
@@ -101,7 +101,7 @@ def test_reading_of_one_file_knows_how_far_it_is(tmp_path: Path, monkeypatch: py
     rows = ['{"text": "' + "x" * 9_990 + '"}' for _ in range(10)]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     clock = Clock(monkeypatch)
-    with Reading(Reader().file_parts([str(tmp_path)]), every=1e9) as reading:
+    with ReadProgress(DocumentReader().file_parts([str(tmp_path)]), every=1e9) as reading:
         documents = reading.file_parts[0].read(Faults())
         for _ in range(6):  # the sixth is being worked on
             next(documents)

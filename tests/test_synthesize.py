@@ -27,7 +27,8 @@ from lit_longctx.checkpoint import export_pretrained
 from lit_longctx.data.making import generators, synthesize
 from lit_longctx.data.making.generators import Checkpoint, Endpoint
 from lit_longctx.data.making.prepare import prepare
-from lit_longctx.data.making.self_instruct import Reply, Unanswered
+from lit_longctx.data.making.report import Unanswered
+from lit_longctx.data.making.self_instruct import Reply
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 from lit_longctx.decoding import generate
 from lit_longctx.model import Llama, LlamaConfig

@@ -26,7 +26,7 @@ def describe(llama: Llama, context: int | None) -> dict[str, Any]:
 
 def describe_layers(layers: Layers) -> dict[str, Any]:
     """Return `position` where one scheme describes all layers, else `layers`."""
-    if layers.are_alike:
+    if layers.are_uniform:
         return {"position": describe_position(layers.position)}
     kinds = [
         {"position": describe_position(kind.position), "window": kind.window}
@@ -43,7 +43,7 @@ def describe_position(position: PositionScheme) -> dict[str, Any]:
 
 def scaled_alike(origin: dict[str, Any], layers: Layers) -> bool:
     """Whether layers stretch positions as those that their run started from did."""
-    if not layers.are_alike or "position" not in origin:
+    if not layers.are_uniform or "position" not in origin:
         return False
     told, now = origin["position"], describe_position(layers.position)
     factors = [scheme["init_args"].get("factor") for scheme in (told, now)]
@@ -53,7 +53,7 @@ def scaled_alike(origin: dict[str, Any], layers: Layers) -> bool:
 def read_layers(description: dict[str, Any], config: LlamaConfig) -> Layers:
     """Return the kinds of layers that MODEL describes, and which layer is of which kind."""
     if "layers" not in description:
-        return Layers.alike(_scheme(description["position"]), config.num_hidden_layers)
+        return Layers.uniform(_scheme(description["position"]), config.num_hidden_layers)
     kinds = description["layers"]["kinds"]
     return Layers(
         tuple(LayerKind(_scheme(kind["position"]), kind["window"]) for kind in kinds),

@@ -47,7 +47,7 @@ def read_config(folder: Path) -> tuple[LlamaConfig, PositionScheme]:
 
 def config_json(llama: Llama, context: int, dtype: torch.dtype) -> dict[str, Any]:
     """Return config.json, with the rope keys of transformers 4 and 5."""
-    if not llama.layers.are_alike:
+    if not llama.layers.are_uniform:
         raise ValueError(
             f"Hugging Face's Llama cannot represent layers that differ: {llama.layers}; "
             f"{KEEP_THE_RUN}"

@@ -230,7 +230,7 @@ def _opened(path: Path) -> Checkpoint:
     else:
         read = hugging_face.read_config if (path / "config.json").is_file() else meta.read_params
         config, position = read(path)
-        layers = Layers.alike(position, config.num_hidden_layers)
+        layers = Layers.uniform(position, config.num_hidden_layers)
     context = context or config.max_position_embeddings
     ours = (path / MODEL).is_file()
     beside = Companions.of_run(path.parent.parent) if ours else Companions(path)

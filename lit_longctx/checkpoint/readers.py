@@ -15,7 +15,7 @@ LONGROPE = ("short_factor", "long_factor", ORIGINAL)
 
 
 @dataclass(frozen=True)
-class Reader:
+class ConsumerProgram:
     """Where one program looks for the settings of each rope type."""
 
     name: str
@@ -47,17 +47,17 @@ def _keys(place: str, theta: str, longrope: tuple[str, ...] = ()) -> dict[str, t
 
 
 READERS = (
-    Reader(
+    ConsumerProgram(
         "transformers 5",
         "modeling_rope_utils.py, 5.23.0",
         _keys(NEW, f"{NEW}.rope_theta", (f"{NEW}.factor",)),
     ),
-    Reader(
+    ConsumerProgram(
         "transformers 4",
         "modeling_rope_utils.py, 4.51.3 and 4.57.1",
         _keys(OLD, "rope_theta", (ORIGINAL, f"{OLD}.attention_factor")),
     ),
-    Reader(
+    ConsumerProgram(
         "vLLM",
         "model_executor/layers/rotary_embedding/__init__.py, 07b12f1",
         _keys(NEW, f"{NEW}.rope_theta"),
@@ -67,7 +67,7 @@ READERS = (
             "the original context",
         },
     ),
-    Reader(
+    ConsumerProgram(
         "llama.cpp",
         "conversion/base.py and conversion/llama.py, 0274f0f",
         {**_keys(NEW, f"{NEW}.rope_theta"), "llama3": (*_in(NEW, *LLAMA3), ORIGINAL)},

@@ -123,12 +123,12 @@ class FinetuneData(StepData):
                 f"a conversation has {longest} tokens, position_transform knows "
                 f"{self.position_transform.context}; raise them or shorten the window"
             )
-        told = [each.windows.manifest["files"].get(TEMPLATE) for each in opened]
+        told = [each.windows.manifest.files.get(TEMPLATE) for each in opened]
         if any(other != told[0] for other in told):
             raise ValueError(
                 "sources were prepared with different chat templates; prepare all with one"
             )
-        tokenizers = [each.windows.manifest["tokenizer"] for each in opened]
+        tokenizers = [each.windows.manifest.tokenizer for each in opened]
         if any(other != tokenizers[0] for other in tokenizers):
             raise ValueError(
                 "sources were prepared with different tokenizers; prepare all with one"
@@ -179,7 +179,7 @@ class FinetuneData(StepData):
         )
         batch = pack(
             tokens,
-            self.tokenizer["bos"],
+            self.tokenizer.bos,
             starts,
             sources=torch.tensor([source for source, *_ in rows]),
             samples=torch.tensor([sample for *_, sample in rows]),

@@ -1,11 +1,11 @@
 """LightningDataModule of continual pretraining: windows of packed documents."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,11 +26,12 @@ from lit_longctx.data.sampling.steps import (
 from lit_longctx.data.store.mds import MDSWindows, open_windows
 from lit_longctx.data.store.storage import ObjectStorage
 from lit_longctx.data.store.windows import Windows
-from lit_longctx.data.tokens.opening import described, open_tokenizer
+from lit_longctx.data.tokens.info import TokenizerInfo
+from lit_longctx.data.tokens.opening import open_tokenizer, tokenizer_info
 
 SHUFFLED_CHUNKS = 4
 """Chunks whose windows are shuffled together."""
-Reader = Windows | MDSWindows | BestFit
+WindowReader = Windows | MDSWindows | BestFit
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,12 @@ class Source:
         """Return the windows of a split."""
         if self.tokenizer is None:
             return open_windows(self.folder, split, length, storage)
-        return open_windows(self.folder, split, length, storage, _described(self.tokenizer))
+        return open_windows(self.folder, split, length, storage, _tokenizer_info(self.tokenizer))
 
 
 @lru_cache
-def _described(tokenizer: str) -> dict[str, Any]:
-    return described(open_tokenizer(tokenizer))
+def _tokenizer_info(tokenizer: str) -> TokenizerInfo:
+    return tokenizer_info(open_tokenizer(tokenizer))
 
 
 class PretrainData(StepData):
@@ -131,9 +132,9 @@ class PretrainData(StepData):
 
     def _check_opened(self, opened: Mapping[str, Windows | MDSWindows]) -> None:
         """Refuse sources of different tokenizers, and packed ones that are to be packed anew."""
-        first = next(iter(opened.values())).manifest["tokenizer"]
-        for name, other in opened.items():
-            if other.manifest["tokenizer"] != first:
+        first, *_ = tokenizers = [replace(w.tokenizer, largest_id=None) for w in opened.values()]
+        for (name, other), tokenizer in zip(opened.items(), tokenizers, strict=True):
+            if tokenizer != first:
                 raise ValueError(
                     f"source {name} was prepared with another tokenizer; prepare all with one"
                 )
@@ -171,7 +172,7 @@ class PretrainData(StepData):
                 )
         return found
 
-    def readers(self, stage: Stage) -> dict[str, Reader]:
+    def readers(self, stage: Stage) -> dict[str, WindowReader]:
         """Return what serves a stage's windows, by source."""
         opened = self.open("train", stage)
         if self.packing == "concatenate":
@@ -180,10 +181,13 @@ class PretrainData(StepData):
 
     def _best_fit(self, windows: Windows | MDSWindows) -> BestFit:
         assert isinstance(windows, Windows)
-        return BestFit(windows, SHUFFLED_CHUNKS * windows.manifest["chunk_tokens"])
+        return BestFit(windows, SHUFFLED_CHUNKS * windows.chunk_tokens)
 
     def order(
-        self, readers: Mapping[str, Reader], stage: Stage, read: Mapping[str, int] | None = None
+        self,
+        readers: Mapping[str, WindowReader],
+        stage: Stage,
+        read: Mapping[str, int] | None = None,
     ) -> SampleIndex | ContiguousSampler:
         """Return a stage's order of samples; `read` tokens of each source count as drawn."""
         lengths = [len(reader) for reader in readers.values()]
@@ -199,9 +203,9 @@ class PretrainData(StepData):
         """Return what serves held-out windows: joined documents, whatever the packing."""
         return self.open("held_out", stage)
 
-    def batch(self, readers: Mapping[int, Reader], rows: Rows, training: bool) -> Batch:
+    def batch(self, readers: Mapping[int, WindowReader], rows: Rows, training: bool) -> Batch:
         """Read rows of packed documents; in validation all stands where it stands."""
-        batch = read_batch(readers, rows, self.tokenizer["bos"])
+        batch = read_batch(readers, rows, self.tokenizer.bos)
         return self.position_transform(batch) if training and self.position_transform else batch
 
 
@@ -218,7 +222,7 @@ def _check_sizes(
         raise ValueError(f"held_out_windows {held_out_windows} must be 0 or more")
 
 
-def read_batch(readers: Mapping[int, Reader], rows: Rows, bos: int) -> Batch:
+def read_batch(readers: Mapping[int, WindowReader], rows: Rows, bos: int) -> Batch:
     """Pack rows given as (source, window, sample); window −1 is padding, without targets."""
     length = next(reader.length for reader in readers.values())
     padding = np.full(length + 1, NO_TARGET), np.zeros(length + 1, dtype=bool)
@@ -233,12 +237,12 @@ def read_batch(readers: Mapping[int, Reader], rows: Rows, bos: int) -> Batch:
     )
 
 
-def _row(reader: Reader, window: int) -> tuple[np.ndarray, np.ndarray]:
+def _row(reader: WindowReader, window: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the tokens of a window, and True where a document starts."""
     return reader.with_starts(window) if isinstance(reader, Windows) else reader[window]
 
 
-def _groups(reader: Reader) -> list[int]:
+def _groups(reader: WindowReader) -> list[int]:
     """Windows of each group that is shuffled together, those that begin in the same few chunks.
 
     The number of groups does not depend on the window, so that stages of different windows go
@@ -246,7 +250,7 @@ def _groups(reader: Reader) -> list[int]:
     """
     if isinstance(reader, BestFit):
         return reader.plan.groups
-    tokens = SHUFFLED_CHUNKS * reader.manifest["chunk_tokens"]
+    tokens = SHUFFLED_CHUNKS * reader.chunk_tokens
     total = len(reader) * reader.length if isinstance(reader, MDSWindows) else reader.tokens
     edges = np.arange(0, total + tokens, tokens)
     return np.diff(np.minimum(-(-edges // reader.length), len(reader))).tolist()

@@ -78,11 +78,7 @@ def evaluate(
     Returns:
         What results.json holds; nothing on the processes after the first.
     """
-    for name, given in (("checkpoint", checkpoint), ("data", data), ("tasks", tasks)):
-        if not given:
-            raise ValueError(f"expected one {name} or more; got none")
-    if windows < 1:
-        raise ValueError(f"windows must be 1 or more; got {windows}")
+    check_given(checkpoint, data, tasks, windows)
     with started_processes(chosen_device(device), context_parallel_size, context_parallel) as (
         processes,
         place,
@@ -98,10 +94,16 @@ def evaluate(
             return {}
         trained = candidates[checkpoint[0]].start.trained_context
         sections = [each.report(values[name], trained) for name, each in measures.items()]
-        result = write(sections, {"trained_context": trained}, Path(output))
-        print("\n\n".join(table for section in sections for table in section.tables.values()))
-        print(f"wrote {output}/results.json, tables and figures")
-        return result
+        return write(sections, {"trained_context": trained}, Path(output))
+
+
+def check_given(checkpoint: list[str], data: list[str], tasks: list[str], windows: int) -> None:
+    """Raise ValueError where an argument of `evaluate` is empty."""
+    for name, given in (("checkpoint", checkpoint), ("data", data), ("tasks", tasks)):
+        if not given:
+            raise ValueError(f"expected one {name} or more; got none")
+    if windows < 1:
+        raise ValueError(f"windows must be 1 or more; got {windows}")
 
 
 class Compute(NamedTuple):
@@ -209,7 +211,7 @@ def open_held_out(folders: list[str], window: int, whole_windows: bool) -> HeldO
             raise ValueError(
                 f"two data folders are named {name}; rename one or evaluate one by one"
             )
-        if open_folder(folder, ObjectStorage())[0].get("chat"):
+        if open_folder(folder, ObjectStorage())[0].chat:
             chats = Conversations(folder, "held_out", window)
             if not len(chats):
                 raise ValueError(f"no held-out conversation of {name} fits {window} tokens")
@@ -245,7 +247,7 @@ def measure_named(
 
 def haystack(held_out: Windows, tokens: int) -> Haystack:
     """Return held-out text, twice as long as the longest prompt, to hide needles in."""
-    add_bos = held_out.manifest["tokenizer"].get("add_bos", True)
+    add_bos = held_out.tokenizer.add_bos
     tokenizer = open_tokenizer(str(held_out.tokenizer_folder), add_bos=add_bos)
     return Haystack.of_tokens(tokenizer, held_out.read(0, min(held_out.tokens, 2 * tokens)))
 
@@ -258,7 +260,7 @@ def check_vocabulary(start: Checkpoint, held_out: HeldOut) -> None:
 
 
 def write(sections: list[Section], result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Write results.json, the tables and the figures; return what results.json holds."""
+    """Write results.json, tables and figures, print the tables; return what results.json holds."""
     folder.mkdir(parents=True, exist_ok=True)
     for section in sections:
         for key, value in section.results.items():  # of several probes, an entry for each
@@ -270,6 +272,8 @@ def write(sections: list[Section], result: dict[str, Any], folder: Path) -> dict
     result = without_nan(result)
     stored = json.dumps(result, indent=1, allow_nan=False)
     write_text(folder / "results.json", stored + "\n")
+    print("\n\n".join(table for section in sections for table in section.tables.values()))
+    print(f"wrote {folder}/results.json, tables and figures")
     return result
 
 

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 
 from lit_longctx.evaluation.statistics.intervals import Interval, Sums, paired_differences
 from lit_longctx.model import Llama
-from lit_longctx.result_cache import Of
+from lit_longctx.result_cache import CacheKey
 
-EvalItem = Of
+EvalItem = CacheKey
 """What decides one value, besides the checkpoint."""
 
 

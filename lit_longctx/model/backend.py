@@ -1,4 +1,4 @@
-"""What every attention back end is: the same documents, the same numbers.
+"""Interface of attention back ends, and the causal mask that all of them compute.
 
 Layout is batch, seq, heads, head_dim. A query attends to the keys of its own document up to its own
 index, or to the last `window` of them; where there are more keys than queries (a cache, a memory),
@@ -21,7 +21,7 @@ Values = Float[Tensor, "batch keys kv_heads value_dim"]
 
 
 class AttentionBackend(ABC):
-    """The same two beats as a position scheme: once per forward pass, once per layer."""
+    """Interface of attention kernels: `prepare` makes a mask for a pass, `attend` applies it."""
 
     @abstractmethod
     def prepare(self, queries: Documents, keys: Documents, window: int | None = None) -> Any:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from lit_longctx.position import PositionScheme
-from lit_longctx.position.scheme import Source
+from lit_longctx.position.scheme import InheritedSettings
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Layers:
             raise ValueError(f"kind_of names kind {unknown[0]}; there are {len(self.kinds)} kinds")
 
     @staticmethod
-    def alike(position: PositionScheme, num_layers: int) -> "Layers":
+    def uniform(position: PositionScheme, num_layers: int) -> "Layers":
         """Return layers that all have this scheme and see whole documents."""
         return Layers((LayerKind(position),), (0,) * num_layers)
 
     @property
-    def are_alike(self) -> bool:
+    def are_uniform(self) -> bool:
         """Whether one scheme and whole documents describe every layer."""
         return len(self.kinds) == 1 and self.kinds[0].window is None
 
@@ -65,7 +65,7 @@ class Layers:
         """Return the scheme of a layer."""
         return self.kinds[self.kind_of[layer]].position
 
-    def resolved(self, source: Source) -> "Layers":
+    def resolved(self, source: InheritedSettings) -> "Layers":
         """Return the layers whose schemes' open fields are a checkpoint's or config's."""
         kinds = (replace(kind, position=kind.position.resolved(source)) for kind in self.kinds)
         return replace(self, kinds=tuple(kinds))
@@ -103,7 +103,7 @@ class Layers:
 
     def __str__(self) -> str:
         """Schemes, windows and numbers of layers on one line."""
-        if self.are_alike:
+        if self.are_uniform:
             return str(self.kinds[0].position)
         counts = [self.kind_of.count(i) for i in range(len(self.kinds))]
         return ", ".join(

@@ -21,7 +21,7 @@ from lit_longctx.model.head import token_nats, token_top1_correct, weighted_loss
 from lit_longctx.model.keys import OWN, KeySource, LayerSource, View
 from lit_longctx.model.layers import Layers
 from lit_longctx.position import PositionScheme
-from lit_longctx.position.scheme import THETA, Source
+from lit_longctx.position.scheme import THETA, InheritedSettings
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class Llama(nn.Module):
 
 
 def layers_of(
-    position: PositionScheme | Layers, config: LlamaConfig, source: Source | None = None
+    position: PositionScheme | Layers, config: LlamaConfig, source: InheritedSettings | None = None
 ) -> Layers:
     """Return a model's layers, resolved; ValueError if not as many as its config says.
 
@@ -262,7 +262,7 @@ def layers_of(
         source: What says the values that are open; default: the config.
     """
     if isinstance(position, PositionScheme):
-        position = Layers.alike(position, config.num_hidden_layers)
+        position = Layers.uniform(position, config.num_hidden_layers)
     if len(position.kind_of) != config.num_hidden_layers:
         raise ValueError(
             f"kind_of names {len(position.kind_of)} layers; the config has "

@@ -19,7 +19,7 @@ KEEP_THE_RUN = "keep the run folder: lit_longctx evaluates and generates from it
 
 
 @runtime_checkable
-class Source(Protocol):
+class InheritedSettings(Protocol):
     """What names the values that a scheme leaves open: a checkpoint, or a model's config."""
 
     def inherited(self) -> Mapping[str, Any]:
@@ -63,7 +63,7 @@ class PositionScheme(ABC):
         """Return the names of the fields that `resolved` fills in."""
         return [name for name in INHERITED if vars(self).get(name, THETA) is None]
 
-    def resolved(self, source: Source) -> "PositionScheme":
+    def resolved(self, source: InheritedSettings) -> "PositionScheme":
         """Return the scheme with the fields that are None taken from a checkpoint or a config.
 
         Raises:

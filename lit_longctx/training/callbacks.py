@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_longctx.batch import StepBatch
 from lit_longctx.checkpoint import Checkpoint
 from lit_longctx.checkpoint.companions import keep
-from lit_longctx.data.sampling.interface import TrainingData, describe_data
+from lit_longctx.data.sampling.data_description import TrainingData, describe_data
 from lit_longctx.progress import EVERY, Heartbeat, TimeLeft
 from lit_longctx.training.module import LanguageModule
 from lit_longctx.training.run_lock import RunLock
@@ -101,8 +101,10 @@ class ProgressLine(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: StepBatch, i: int
     ) -> None:
         """Count the step's tokens; print and log when it is time."""
-        copies = module.copies if isinstance(module, LanguageModule) else 1
-        self.tokens += sum(b.input_ids.numel() for b in batch.micro_batches) / copies
+        context_parallel_size = (
+            module.context_parallel_size if isinstance(module, LanguageModule) else 1
+        )
+        self.tokens += sum(b.input_ids.numel() for b in batch.micro_batches) / context_parallel_size
         self._begin("", 0)
         step, now = trainer.global_step, time.monotonic()
         self._set_clock(step)

@@ -1,4 +1,4 @@
-"""Batch → step: token-exact loss under accumulation and ranks, clipping, AdamW."""
+"""LightningModules: the model, its optimizer, a training step, validation, checks on resume."""
 
 from abc import ABC
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from lit_longctx.checkpoint import (
     parameters,
 )
 from lit_longctx.context_parallel import ContextParallel, apply_context_parallel
-from lit_longctx.data.sampling.interface import DataDescription, TrainingData, describe_data
+from lit_longctx.data.sampling.data_description import DataDescription, TrainingData, describe_data
 from lit_longctx.data.tokens.opening import check_tokenizer
 from lit_longctx.evaluation.loss.metrics import LossByPosition
 from lit_longctx.model import Llama, LlamaConfig, layers_of
@@ -206,7 +206,7 @@ class LanguageModule(LightningModule, ABC):
             self._sources(step),
             self.manual_backward,
             self.gradient_clip,
-            copies=self.copies,
+            context_parallel_size=self.context_parallel_size,
         )
         if not found.is_finite:
             optimizer.zero_grad()
@@ -245,7 +245,7 @@ class LanguageModule(LightningModule, ABC):
         )
 
     @property
-    def copies(self) -> int:
+    def context_parallel_size(self) -> int:
         """Processes that have the same rows as this one, itself among them."""
         return 1 if self.context_parallel is None else self.context_parallel.size
 
@@ -334,7 +334,7 @@ class LanguageModule(LightningModule, ABC):
         checkpoint["model_description"] = {
             **describe(self.llama, context),
             "started_from": self._started_from(),
-            "tokenizer": data.tokenizer,
+            "tokenizer": data.tokenizer and data.tokenizer.as_json(),
         }
 
     def _started_from(self) -> dict[str, Any] | None:

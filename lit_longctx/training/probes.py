@@ -6,14 +6,14 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_longctx.data.sampling.interface import describe_data
+from lit_longctx.data.sampling.data_description import describe_data
 from lit_longctx.data.sampling.steps import StepData, data_rank
 from lit_longctx.data.store.windows import Windows
 from lit_longctx.data.tokens.opening import open_tokenizer
 from lit_longctx.evaluation.evaluate import haystack
 from lit_longctx.evaluation.retrieval.grid import Grid, Probe
-from lit_longctx.evaluation.retrieval.probes import teacher_forced
 from lit_longctx.evaluation.retrieval.prompts import Haystack
+from lit_longctx.evaluation.retrieval.scoring import teacher_forced
 from lit_longctx.model import Llama
 from lit_longctx.training.module import LanguageModule
 

@@ -34,7 +34,7 @@ def accumulate_gradients(
     sources: Sequence[KeySource],
     backward: Callable[[Tensor], None],
     gradient_clip: float,
-    copies: int = 1,
+    context_parallel_size: int = 1,
 ) -> StepResult:
     """Run forward and backward of all micro-batches and clip the gradients.
 
@@ -48,12 +48,12 @@ def accumulate_gradients(
         sources: Where the keys of each micro-batch come from.
         backward: What runs the backward pass of a loss.
         gradient_clip: Largest gradient norm.
-        copies: Processes that have these rows too and compute other tokens of them.
+        context_parallel_size: Processes that have these rows too and compute other tokens of them.
     """
     device = micro_batches[0].input_ids.device
     zero = torch.zeros((), dtype=torch.float64, device=device)
     weights = sum((b.loss_weights.sum(dtype=torch.float64) for b in micro_batches), zero)
-    total = (sum_over_processes(weights) / copies).clamp(
+    total = (sum_over_processes(weights) / context_parallel_size).clamp(
         min=1e-8
     )  # no target at all: loss 0, not NaN
     processes = dist.get_world_size() if dist.is_initialized() else 1

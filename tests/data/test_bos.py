@@ -1,6 +1,7 @@
 """BOS stands only where the tokenizer puts it, as transformers has it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,11 @@ from lit_longctx.data.pretraining import PretrainData, Source
 from lit_longctx.data.store.windows import Windows
 from lit_longctx.data.tokens.chat_template import ChatTemplate
 from lit_longctx.data.tokens.chats import Conversation, Message
+from lit_longctx.data.tokens.info import TokenizerInfo
 from lit_longctx.data.tokens.opening import open_tokenizer
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer, Tokenizer
 from lit_longctx.evaluation.evaluate import haystack
-from lit_longctx.evaluation.retrieval.probes import TASKS, task_named
+from lit_longctx.evaluation.retrieval.registry import TASKS, task_named
 from lit_longctx.generate import generate_text
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
@@ -215,7 +217,7 @@ def test_a_mix_keeps_documents_without_bos_whole(tmp_path: Path):
     mix({"a": out}, str(tmp_path / "mix"), Upsampling("none"))
     before, after = Windows(out, "train", 256), Windows(tmp_path / "mix/a", "train", 256)
     assert after.read(0, after.tokens).tolist() == before.read(0, before.tokens).tolist()
-    assert after.manifest["splits"]["train"] == before.manifest["splits"]["train"]
+    assert after.manifest.splits["train"] == before.manifest.splits["train"]
 
 
 def test_probes_begin_as_the_data_does(tmp_path: Path):
@@ -237,7 +239,9 @@ def test_probes_begin_as_the_data_does(tmp_path: Path):
                 continue
             assert len(sample.prompt_ids) == 2000
             assert (sample.prompt_ids == 1).nonzero()[0].tolist() == [0] * (name == "with")
-        held.manifest["tokenizer"].pop("add_bos", None)
+        earlier = held.manifest.tokenizer.as_json()  # versions that recorded no add_bos
+        earlier.pop("add_bos", None)
+        held.manifest = replace(held.manifest, tokenizer=TokenizerInfo.from_json(earlier))
         assert haystack(held, 1000).tokenizer.prefix == [1]
 
 

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 from fsspec.registry import known_implementations
 
-from lit_longctx.data.reading.documents import Faults, Reader
+from lit_longctx.data.reading.documents import DocumentReader, Faults
 
 CAP = 2000
 FIRST, LAST = b'{"text": "first", "id": "1"}\n', b'{"text": "last \\u00e9", "id": "2"}\n'
@@ -22,7 +22,7 @@ AROUND = [("first", "1"), ("last é", "2")]
 def read(*inputs, **settings):
     """Documents as (text, id), and how many faults of which kind."""
     faults = Faults(tolerated=1)
-    found = list(Reader(**settings).documents([str(i) for i in inputs], faults))
+    found = list(DocumentReader(**settings).documents([str(i) for i in inputs], faults))
     assert faults.read == len(found)
     assert set(faults.examples) == set(faults.kinds)
     return [tuple(document) for document in found], dict(faults.kinds)
@@ -222,7 +222,7 @@ def test_as_much_as_is_tolerated_and_no_more(tmp_path):
     faults = Faults(tolerated=0.01)
     path = tmp_path / "a.jsonl"
     path.write_bytes(rows(99) + b"broken\n")
-    assert len(list(Reader().documents([str(path)], faults))) == 99
+    assert len(list(DocumentReader().documents([str(path)], faults))) == 99
     faults.check()
     faults.read -= 1
     with pytest.raises(ValueError, match="1 of 99 documents are broken") as found:
@@ -237,7 +237,7 @@ def test_a_hopeless_input_stops_early(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"broken\n" * 100_000)
     faults = Faults(tolerated=0.5)
     with pytest.raises(ValueError, match="1000 of 1000 documents are broken"):
-        list(Reader().documents([str(tmp_path)], faults))
+        list(DocumentReader().documents([str(tmp_path)], faults))
 
 
 def test_the_message_is_one_line_whatever_the_names(tmp_path, monkeypatch):
@@ -245,7 +245,7 @@ def test_the_message_is_one_line_whatever_the_names(tmp_path, monkeypatch):
     name = "a\nb\udcff é" + "x" * 220
     Path(name).write_text("")
     faults = Faults(tolerated=0)
-    list(Reader().documents([name], faults))
+    list(DocumentReader().documents([name], faults))
     with pytest.raises(ValueError, match=r"first at a\\nb\\udcff éx{194}\)") as found:
         faults.check()
     assert "\n" not in str(found.value)
@@ -285,7 +285,7 @@ def test_equal_names_get_numbers_and_the_same_file_the_same_name(tmp_path):
 def test_faults_show_the_whole_path(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(FIRST + b'{"text": ""}\n')
     faults = Faults(tolerated=1)
-    list(Reader().documents([str(tmp_path)], faults))
+    list(DocumentReader().documents([str(tmp_path)], faults))
     assert faults.examples == {"empty text": f"{tmp_path}/a.jsonl:2"}
 
 
@@ -352,7 +352,7 @@ def test_a_download_that_breaks_off_stops_the_run(bucket, monkeypatch, name):
 def test_a_url_is_read_as_it_goes(bucket):
     bucket.pipe("/bucket/long.jsonl", rows(300_000))
     with bucket.open("/bucket/long.jsonl") as file:
-        documents = Reader().documents(["memory://bucket/long.jsonl"], Faults())
+        documents = DocumentReader().documents(["memory://bucket/long.jsonl"], Faults())
         assert [next(documents).text for _ in range(3)] == ["0", "1", "2"]
         assert file.tell() <= 2**21 < file.getbuffer().nbytes
 

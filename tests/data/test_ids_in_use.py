@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.making.scale import join
 from lit_longctx.data.pretraining import PretrainData, Source
 from lit_longctx.data.store.windows import Windows
-from lit_longctx.data.tokens.opening import check_tokenizer, described, open_tokenizer
+from lit_longctx.data.tokens.opening import check_tokenizer, open_tokenizer, tokenizer_info
 
 ROWS = 90
 """Of the model's embedding; the tokenizer's ids go up to 99, as if one were an unused [PAD]."""
@@ -52,7 +53,9 @@ def test_what_is_refused_are_ids_that_are_in_use(tmp_path, tokenizer, most):
     out = prepared(tmp_path / "a", tokenizer, documents(most), held_out=0.3)
     stored = [Windows(out, split, 256) for split in ("train", "held_out")]
     largest = max(int(windows.read(0, windows.tokens).max()) for windows in stored)
-    assert stored[0].tokenizer == {**described(open_tokenizer(str(tokenizer))), "largest_id": most}
+    assert stored[0].tokenizer == replace(
+        tokenizer_info(open_tokenizer(str(tokenizer))), largest_id=most
+    )
     assert largest == most
     data = PretrainData({"a": Source(str(out))}, 256, 256)
     if most < ROWS:
@@ -68,7 +71,7 @@ def test_several_sources_use_what_each_of_them_uses(tmp_path, tokenizer):
         f"{most}": prepared(tmp_path / f"{most}", tokenizer, documents(most)) for most in (40, 60)
     }
     sources = {name: Source(str(folder)) for name, folder in folders.items()}
-    assert PretrainData(sources, 256, 256).tokenizer["largest_id"] == 60
+    assert PretrainData(sources, 256, 256).tokenizer.largest_id == 60
 
 
 def test_older_folders_need_the_whole_vocabulary(tmp_path, tokenizer):
@@ -99,7 +102,7 @@ def test_parts_and_conversations(tmp_path, tokenizer):
     for part in range(2):
         prepare(rows, str(tmp_path / f"part {part}"), str(tokenizer), part=part, parts=2)
     join([tmp_path / f"part {part}" for part in range(2)], tmp_path / "joined")
-    assert Windows(tmp_path / "joined", "train", 256).tokenizer["largest_id"] == 60
+    assert Windows(tmp_path / "joined", "train", 256).tokenizer.largest_id == 60
 
     messages = [{"role": "user", "content": "w7 w8"}, {"role": "assistant", "content": "w77"}]
     (tmp_path / "chat.json").write_text(json.dumps({"messages": messages}))
@@ -110,4 +113,4 @@ def test_parts_and_conversations(tmp_path, tokenizer):
     chat = {"chat": True, "chat_template": str(template), "held_out": 0}
     prepare(str(tmp_path / "chat.json"), str(tmp_path / "chat"), str(tokenizer), **chat)
     data = FinetuneData({"a": ChatSource(str(tmp_path / "chat"))}, 256, 256)
-    assert data.tokenizer["largest_id"] == 77
+    assert data.tokenizer.largest_id == 77

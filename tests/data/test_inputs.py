@@ -13,7 +13,7 @@ import pytest
 from test_documents import AROUND, FIRST, LAST, read, zst
 
 from lit_longctx.data.making.prepare import prepare
-from lit_longctx.data.reading.documents import Reader
+from lit_longctx.data.reading.documents import DocumentReader
 from lit_longctx.data.reading.faults import Broken, Faults
 from lit_longctx.data.reading.inputs import Selection, files
 from lit_longctx.data.reading.json_array import elements
@@ -180,7 +180,7 @@ def test_ids_that_repeat_are_said_and_split_by_file_and_number(tmp_path: Path, c
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     faults = Faults()
-    names = [document.id for document in Reader().documents([str(file)], faults)]
+    names = [document.id for document in DocumentReader().documents([str(file)], faults)]
     assert names == [
         "same",
         *(f"rows.jsonl:{i}" for i in range(2, 201)),

@@ -15,7 +15,7 @@ import zstandard
 from test_documents import AROUND, CAP, FIRST, LAST, read, rows, zst
 
 from lit_longctx.data.making.prepare import prepare
-from lit_longctx.data.reading.documents import Reader
+from lit_longctx.data.reading.documents import DocumentReader
 
 NO_FIELD, NO_STRING = "no field 'text'", "'text' is no string"
 BAD_LINES = {
@@ -248,14 +248,14 @@ def test_too_wide_a_window_is_refused(tmp_path):
 PEAK = """
 import re, sys
 import pyarrow.ipc, pyarrow.parquet
-from lit_longctx.data.reading.documents import Faults, Reader
+from lit_longctx.data.reading.documents import Faults, DocumentReader
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
 before = peak()
 faults = Faults(1.0)
-for document in Reader(largest=2**25).documents(sys.argv[1:], faults):
+for document in DocumentReader(largest=2**25).documents(sys.argv[1:], faults):
     assert len(document.text) == 29 * 2**20
 print(peak() - before, faults.read, faults.kinds.total())
 """
@@ -301,7 +301,7 @@ def test_prepare_over_everything_malformed(tmp_path, capsys):
     broken = everything_malformed(tmp_path / "in")
     (tmp_path / "odd name.jsonl").write_bytes(b'{"text": "", "id": "\\ud800\\n"}')
     out = tmp_path / "out"
-    reader = Reader(largest=CAP)
+    reader = DocumentReader(largest=CAP)
     with pytest.raises(ValueError, match="documents are broken") as found:
         prepare([str(tmp_path)], str(out), reader=reader, tolerated=0)
     assert "\n" not in str(found.value)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ import pytest
 from lit_longctx.data.store import mds
 from lit_longctx.data.store.mds import MDSWindows, open_windows
 from lit_longctx.data.store.storage import ObjectStorage
+from lit_longctx.data.tokens.info import TokenizerInfo
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mds"
 ITEM, ITEMS = 256, 5
-TOKENIZER = {"fingerprint": "none", "vocab_size": 128256, "bos": 1, "eos": 2}
+TOKENIZER = TokenizerInfo("none", 128256, bos=1, eos=2)
 
 
 def item(number):
@@ -94,10 +96,10 @@ def test_it_says_once_that_there_are_no_hashes(copy, storage, capsys):
 
 def test_what_pretraining_reads(storage):
     packs = open_windows(GOLDEN / "plain", "train", 128, storage, TOKENIZER)
-    assert packs.manifest == {"tokenizer": TOKENIZER, "chunk_tokens": 2 * ITEM}
+    assert (packs.tokenizer, packs.chunk_tokens) == (TOKENIZER, 2 * ITEM)
     assert packs.length == 128
     cut = open_windows(GOLDEN / "plain", "train", 100, storage, TOKENIZER)
-    assert cut.manifest["chunk_tokens"] // 100 == 4  # windows of a shard's two items
+    assert cut.chunk_tokens // 100 == 4  # windows of a shard's two items
     held_out = open_windows(GOLDEN / "plain", "held_out", 128, storage, TOKENIZER)
     assert (len(held_out), held_out.tokens, held_out.dropped) == (0, 0, 0)
     with pytest.raises(ValueError, match=r"is packed already; set packing to concatenate$"):
@@ -181,7 +183,7 @@ def test_arrays_by_the_published_layout(shape, dtype):
 
 
 def test_items_without_spans_need_a_bos_that_is_no_eos(storage):
-    same = {**TOKENIZER, "eos": TOKENIZER["bos"]}
+    same = replace(TOKENIZER, eos=TOKENIZER.bos)
     with pytest.raises(ValueError, match=r"no column indices .* write the shards with indices$"):
         MDSWindows(GOLDEN / "bos", "train", ITEM, same, storage)
     tokens, starts = MDSWindows(GOLDEN / "plain", "train", ITEM, same, storage)[1]

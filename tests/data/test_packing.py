@@ -11,9 +11,10 @@ from lit_longctx.batch import pack
 from lit_longctx.data.sampling.packing import BestFit, best_fit, plan
 from lit_longctx.data.store.chunks import SplitWriter
 from lit_longctx.data.store.windows import Windows
+from lit_longctx.data.tokens.info import TokenizerInfo
 
 BOS, EOS = 256, 257
-BYTES = {"vocab_size": 258, "bos": BOS, "eos": EOS}
+BYTES = TokenizerInfo("bytes", 258, BOS, EOS)
 
 
 def slow_best_fit(lengths, window):
@@ -119,10 +120,10 @@ def thousand(tmp_path_factory):
         writer.add(document[1:-1])
     writer.finish()
     from lit_longctx import manifest
+    from lit_longctx.data.store.data_manifest import Manifest
 
-    content = {"block": 256, "chunk_tokens": 2**20, "tokenizer": BYTES}
-    splits = {"train": writer.describe()}
-    manifest.seal(folder, manifest.hash_files(folder), **content, splits=splits)
+    content = Manifest("thousand", 256, 2**20, BYTES, {"train": writer.info()})
+    manifest.seal(folder, manifest.hash_files(folder), **content.as_json())
     return folder, lengths, tokens
 
 

@@ -18,6 +18,7 @@ from lit_longctx.data.making.dependency import DependencyFilter, DependencyScore
 from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.store.chunks import SplitWriter
 from lit_longctx.data.store.windows import Windows
+from lit_longctx.data.tokens.info import TokenizerInfo
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer, Tokenizer
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
@@ -267,8 +268,8 @@ class Numbers(Tokenizer):
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.int32)])
 def test_tokens_are_as_wide_as_the_vocabulary_asks(tmp_path, vocab_size, dtype):
     coder = Numbers(vocab_size)
-    described = {"vocab_size": vocab_size, "bos": coder.bos, "eos": coder.eos}
-    writer = SplitWriter(tmp_path / "train", described, 512)
+    info = TokenizerInfo(coder.fingerprint, vocab_size, coder.bos, coder.eos)
+    writer = SplitWriter(tmp_path / "train", info, 512)
     document = [0, 1, 2**15, vocab_size - 3] * 150
     writer.add(np.array(document))
     writer.finish()

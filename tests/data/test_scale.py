@@ -15,7 +15,7 @@ from lit_longctx import cli, manifest
 from lit_longctx.data.making.interleave import Interleave
 from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.making.scale import Executor, join, part_folder
-from lit_longctx.data.reading.documents import Reader
+from lit_longctx.data.reading.documents import DocumentReader
 from lit_longctx.data.reading.faults import Faults
 
 pytest.importorskip("datatrove")
@@ -171,7 +171,7 @@ def test_a_part_prepared_otherwise_is_refused(texts, parts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other", [{"held_out": 0.5}, {"reader": Reader(text_field="text", largest=9000)}]
+    "other", [{"held_out": 0.5}, {"reader": DocumentReader(text_field="text", largest=9000)}]
 )
 def test_parts_of_different_runs_are_refused(texts, parts, tmp_path, other):
     shutil.rmtree(parts[2])
@@ -195,8 +195,8 @@ def test_repositories_have_the_same_names_in_parts(tmp_path):
         (tmp_path / name / "x").mkdir(parents=True)
         (tmp_path / name / "x" / "f.py").write_text(f"{name} = 1\n" * 50)
     inputs = [f"code:{tmp_path / name}" for name in ("a", "b")]
-    whole = [d.id for d in Reader().documents(inputs, Faults())]
-    found = [d.id for part in (0, 1) for d in Reader().documents(inputs, Faults(), part, 2)]
+    whole = [d.id for d in DocumentReader().documents(inputs, Faults())]
+    found = [d.id for part in (0, 1) for d in DocumentReader().documents(inputs, Faults(), part, 2)]
     assert found == whole == ["x", "x#2"]
 
 

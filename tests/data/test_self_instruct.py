@@ -8,15 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lit_longctx.data.making import self_instruct
+from lit_longctx.data.making.report import Report, Unanswered
 from lit_longctx.data.making.self_instruct import (
     STYLES,
     Generator,
     Passage,
     QAGenerator,
     Reply,
-    Report,
     ResponseCache,
-    Unanswered,
     draw,
     in_order,
     question_and_answer,

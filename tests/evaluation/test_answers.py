@@ -9,7 +9,7 @@ from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 from lit_longctx.decoding import reading
 from lit_longctx.evaluation.retrieval import probes
 from lit_longctx.evaluation.retrieval.answers import last_answer
-from lit_longctx.evaluation.retrieval.probes import generated_answers, teacher_forced
+from lit_longctx.evaluation.retrieval.scoring import generated_answers, teacher_forced
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 

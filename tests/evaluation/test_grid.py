@@ -12,8 +12,8 @@ from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 from lit_longctx.evaluation.evaluate import evaluate
 from lit_longctx.evaluation.retrieval import grid as module
 from lit_longctx.evaluation.retrieval.grid import Grid, Probe
-from lit_longctx.evaluation.retrieval.probes import TeacherForced
 from lit_longctx.evaluation.retrieval.prompts import Haystack
+from lit_longctx.evaluation.retrieval.scoring import TeacherForced
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 

@@ -13,8 +13,8 @@ from lit_longctx.data.making import synthetic
 from lit_longctx.data.tokens.opening import open_tokenizer
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 from lit_longctx.evaluation.retrieval.key_values import KeyValues
-from lit_longctx.evaluation.retrieval.probes import generated, teacher_forced
 from lit_longctx.evaluation.retrieval.prompts import Haystack
+from lit_longctx.evaluation.retrieval.scoring import generated, teacher_forced
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 

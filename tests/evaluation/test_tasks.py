@@ -15,9 +15,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from lit_longctx.checkpoint import export_pretrained
 from lit_longctx.data.tokens.opening import open_tokenizer
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer
-from lit_longctx.evaluation.retrieval.probes import TASKS, generated, task_named, teacher_forced
 from lit_longctx.evaluation.retrieval.prompts import Haystack, Hidden, hide, neutral_text, piece
+from lit_longctx.evaluation.retrieval.registry import TASKS, task_named
 from lit_longctx.evaluation.retrieval.ruler import CommonWords, MultiKey
+from lit_longctx.evaluation.retrieval.scoring import generated, teacher_forced
 from lit_longctx.evaluation.retrieval.tasks import FU_DEPTHS, FU_LENGTHS, SECRET, Needle, rouge_l
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import DynamicNTK, RoPE

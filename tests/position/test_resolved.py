@@ -56,7 +56,7 @@ def test_a_checkpoint_fills_in_what_is_left_open_and_says_so(name, folder, capsy
         lines.append(f"position: original_context 40 from {folder}")
     assert capsys.readouterr().out.splitlines() == lines
     module = ContinualPretrain(checkpoint=str(folder), position=SCHEMES[name])
-    assert module.layers == Layers.alike(expected, 2)
+    assert module.layers == Layers.uniform(expected, 2)
     assert capsys.readouterr().out.splitlines() == lines
     assert load_pretrained(folder, expected).position == expected
     assert capsys.readouterr().out == ""
@@ -114,7 +114,7 @@ def test_layers_that_differ_in_theta_need_a_number(folder):
     mixed = replace(opened, layers=Layers(kinds, (0, 1)))
     with pytest.raises(ValueError, match="RoPE's theta is left open, but layers of the checkpoint"):
         mixed.layers_with(RoPE())
-    assert mixed.layers_with(RoPE(5e5)) == Layers.alike(RoPE(5e5), 2)
+    assert mixed.layers_with(RoPE(5e5)) == Layers.uniform(RoPE(5e5), 2)
     some = Layers((LayerKind(YaRN(factor=2)), LayerKind(NoPE())), (0, 1))
     expected = YaRN(1e5, factor=2, original_context=40)
     assert opened.layers_with(some).kinds == (LayerKind(expected), LayerKind(NoPE()))

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from training.runs import own_process_group, quiet_trainer, whole_weights
 
 from lit_longctx.batch import Batch, StepBatch, pack
-from lit_longctx.data.sampling.interface import DataDescription, TrainingData, describe_data
+from lit_longctx.data.sampling.data_description import DataDescription, TrainingData, describe_data
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 from lit_longctx.training.module import ContinualPretrain

@@ -10,10 +10,10 @@ from typing import Any, Literal, final
 import torch
 
 from lit_longctx.checkpoint import open_checkpoint
+from lit_longctx.data.making.report import Unanswered
 from lit_longctx.data.making.self_instruct import (
     Generator,
     Reply,
-    Unanswered,
 )
 from lit_longctx.data.tokens.chat_template import ChatTemplate
 from lit_longctx.data.tokens.chats import Conversation, Malformed, Message

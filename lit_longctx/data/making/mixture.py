@@ -9,7 +9,7 @@ are.
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,21 +177,21 @@ def copy(
     """Write the chosen documents of one source, pass by pass in their stored order."""
     before = windows.manifest
     begins = lengths.cumsum(dtype=np.int64) - lengths
-    writer = SplitWriter(folder / "train", before["tokenizer"], before["chunk_tokens"])
+    writer = SplitWriter(folder / "train", before.tokenizer, before.chunk_tokens)
     for document in np.concatenate(chosen).tolist():
         begin = int(begins[document])
         first, end = begin + len(writer.prefix), begin + int(lengths[document]) - 1
         writer.add(windows.read(first, end))
     writer.finish()
-    for file in before["files"]:
+    for file in before.files:
         if file.startswith(("held_out/", "tokenizer/")):
             (folder / file).parent.mkdir(exist_ok=True)
             with windows.files.open(file) as stored, open(folder / file, "wb") as copied:
                 shutil.copyfileobj(stored, copied)
-    splits = {**before["splits"], "train": writer.describe()}
-    content = {k: v for k, v in before.items() if k not in ("files", "splits")}
+    splits = {**before.splits, "train": writer.info()}
     mixed = {"settings": report["settings"], **report["sources"][folder.name]}
-    manifest.seal(folder, manifest.hash_files(folder), **content, splits=splits, mixed=mixed)
+    after = replace(before, splits=splits, mixed=mixed)
+    manifest.seal(folder, manifest.hash_files(folder), **after.as_json())
 
 
 def describe(

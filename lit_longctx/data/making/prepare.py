@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -19,20 +19,23 @@ from lit_longctx.checkpoint import open_checkpoint
 from lit_longctx.checkpoint.companions import CHAT_TEMPLATE, GENERATION
 from lit_longctx.data.making.dependency import DependencyFilter, DependencyScorer
 from lit_longctx.data.making.interleave import Interleave
-from lit_longctx.data.making.read_progress import Reading
+from lit_longctx.data.making.ledger_report import ledger_report
+from lit_longctx.data.making.read_progress import ReadProgress
 from lit_longctx.data.making.scale import Executor, in_parts
-from lit_longctx.data.reading.documents import Document, Faults, FilePart, Reader, part_of
+from lit_longctx.data.reading.documents import Document, DocumentReader, Faults, FilePart, part_of
 from lit_longctx.data.reading.inputs import Selection
 from lit_longctx.data.sampling.conversations import conversation_file_parts, rendered, set_apart_by
 from lit_longctx.data.store.chunks import BLOCK, SPLITS, SplitWriter
+from lit_longctx.data.store.data_manifest import Manifest
 from lit_longctx.data.tokens.chat_template import ChatTemplate
 from lit_longctx.data.tokens.encode import encoded
+from lit_longctx.data.tokens.info import TokenizerInfo
 from lit_longctx.data.tokens.opening import (
     check_tokenizer,
     describe_borders,
-    described,
     open_tokenizer,
     round_trip,
+    tokenizer_info,
 )
 from lit_longctx.data.tokens.special_tokens import AddBos
 from lit_longctx.data.tokens.tokenizer import Ids, Tokenizer
@@ -53,7 +56,7 @@ def prepare(
     bos: str | None = None,
     eos: str | None = None,
     add_bos: AddBos = "auto",
-    reader: Reader = Reader(),
+    reader: DocumentReader = DocumentReader(),
     tolerated: float = 0.01,
     filter: DependencyFilter | None = None,
     interleave: Interleave | None = None,
@@ -116,7 +119,7 @@ class Preparation:
     bos: str | None
     eos: str | None
     add_bos: AddBos
-    reader: Reader
+    reader: DocumentReader
     tolerated: float
     filter: DependencyFilter | None
     interleave: Interleave | None
@@ -177,7 +180,7 @@ def run(given: Preparation) -> dict[str, Any]:
     template = ChatTemplate(tokenizer, given.chat_template) if given.chat else None
     faults = Faults(given.tolerated)
     with manifest.whole_folder(Path(given.output)) as folder:
-        about = described(tokenizer)
+        about = tokenizer_info(tokenizer)
         writers = {
             s: SplitWriter(folder / s, about, given.chunk_tokens, given.chat) for s in SPLITS
         }
@@ -189,23 +192,23 @@ def run(given: Preparation) -> dict[str, Any]:
         if given.parts == 1 and not writers["train"].ledger.documents:
             raise ValueError(f"input {given.input} holds no document to train on")
         write(folder, writers, tokenizer, template)
-        content = described_folder(given, about, writers, faults, stored)
-        manifest.seal(folder, manifest.hash_files(folder), **content)
-    print(report(content))
+        made = data_manifest(given, about, writers, faults, stored)
+        manifest.seal(folder, manifest.hash_files(folder), **made.as_json())
+    print(ledger_report(made))
     print(f"wrote {given.output}")
-    return content
+    return made.as_json()
 
 
 def store_documents(
     given: Preparation, tokenizer: Tokenizer, writers: dict[str, SplitWriter], faults: Faults
 ) -> Stored:
     """Write documents: read, encoded, held out by name, then filtered and interleaved."""
-    scorer = opened_scorer(given.filter, described(tokenizer)) if given.filter else None
+    scorer = opened_scorer(given.filter, tokenizer_info(tokenizer)) if given.filter else None
     selection = Selection()
     file_parts = given.reader.file_parts(given.inputs, selection)
     print(selection.report(), end="")
     excerpts: list[str] = []
-    with Reading(part_of(file_parts, given.part, given.parts)) as reading:
+    with ReadProgress(part_of(file_parts, given.part, given.parts)) as reading:
         documents = chain.from_iterable(file_part.read(faults) for file_part in reading.file_parts)
         pairs = encoded(sampled(documents, excerpts), tokenizer, faults)
         pairs = set_aside(pairs, given.held_out, writers["held_out"])
@@ -216,10 +219,10 @@ def store_documents(
     return Stored(file_parts, selection, round_trip(tokenizer, excerpts), scorer and scorer.report)
 
 
-def opened_scorer(settings: DependencyFilter, about: dict[str, Any]) -> DependencyScorer:
+def opened_scorer(settings: DependencyFilter, about: TokenizerInfo) -> DependencyScorer:
     """Return the filter's scorer; ValueError if its model has not the data's tokenizer."""
     opened = open_checkpoint(settings.checkpoint)
-    about = about | {"largest_id": max(about["bos"], about["eos"])}  # others when they are scored
+    about = replace(about, largest_id=max(about.bos, about.eos))  # others when they are scored
     check_tokenizer(about, opened.config.vocab_size, opened.tokenizer)
     return DependencyScorer(settings)
 
@@ -231,7 +234,7 @@ def store_conversations(
     selection = Selection()
     file_parts = conversation_file_parts(given.inputs, given.reader, selection)
     print(selection.report(), end="")
-    with Reading(file_parts) as reading:
+    with ReadProgress(file_parts) as reading:
         for file_part in reading.file_parts:
             for found, tokens in rendered(file_part.read(faults), template, faults):
                 split = SPLITS[share_of(set_apart_by(found)) < given.held_out]
@@ -257,30 +260,29 @@ def write(
         (folder / "tokenizer" / GENERATION).write_text(ends + "\n")
 
 
-def described_folder(
+def data_manifest(
     given: Preparation,
-    about: dict[str, Any],
+    about: TokenizerInfo,
     writers: dict[str, SplitWriter],
     faults: Faults,
     stored: Stored,
-) -> dict[str, Any]:
+) -> Manifest:
     """Return the folder's manifest, but for its files."""
-    return {
-        "format": 1,
-        "source": given.source or Path(given.output).name,
-        "block": BLOCK,
-        "chunk_tokens": given.chunk_tokens,
-        "tokenizer": about,
-        "round_trip": stored.round_trip,
-        "part": [given.part, given.parts],
-        "settings": given.settings(stored.file_parts),
-        "splits": {split: writer.describe() for split, writer in writers.items()},
-        "inputs": stored.selection.described(),
-        "broken": faults.described(),
-        "notes": faults.notes,
-        "filter": stored.filtered,
-        "chat": given.chat,
-    }
+    return Manifest(
+        source=given.source or Path(given.output).name,
+        block=BLOCK,
+        chunk_tokens=given.chunk_tokens,
+        tokenizer=about,
+        round_trip=stored.round_trip,
+        part=(given.part, given.parts),
+        settings=given.settings(stored.file_parts),
+        splits={split: writer.info() for split, writer in writers.items()},
+        inputs=stored.selection.described(),
+        broken=faults.described(),
+        notes=faults.notes,
+        filter=stored.filtered,
+        chat=given.chat,
+    )
 
 
 def anywhere(names: Any) -> Any:
@@ -320,36 +322,3 @@ def share_of(name: str) -> float:
     """Number in [0, 1) that depends on the name alone."""
     digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def report(content: dict[str, Any]) -> str:
-    """Token ledger and document lengths as a table."""
-    lines = [f"source {content['source']}: token ledger"]
-    both = "BOS and EOS" if content["tokenizer"].get("add_bos", True) else "EOS"
-    for split, ledger in content["splits"].items():
-        lines.append(
-            f"  {split:9} {ledger['tokens']:>13,} = {ledger['text_tokens']:,} text"
-            f" + {ledger['boundary_tokens']:,} {both} + {ledger['padding']:,} padding"
-            f" in {ledger['documents']:,} documents, {ledger['chunks']} chunks"
-        )
-        if content["chat"]:
-            lines.append(f"  {'':9} {ledger['answer_tokens']:>13,} of them answers")
-    train = content["splits"]["train"]["lengths"]
-    total = sum(tokens for *_, tokens in train)
-    lines.append("  document length    documents         tokens   share")
-    for edge, documents, tokens in train:
-        lines.append(f"  ≥ {edge:>9,} tokens {documents:>10,} {tokens:>14,} {tokens / total:>7.1%}")
-    if (found := content["filter"]) and found["quantiles"]:
-        lines.append(
-            f"  filter kept {found['kept']:,} documents ({found['kept_tokens']:,} tokens), dropped "
-            f"{found['dropped']:,} ({found['dropped_tokens']:,}); median score "
-            f"{found['quantiles']['0.5']:.3f}"
-        )
-    if content["round_trip"] < 1:
-        share = 1 - content["round_trip"]
-        lines.append(f"  {share:.0%} of the first texts do not come back exactly from their ids")
-    for kind, note in content["notes"].items():
-        lines.append(f"  {note['count']:,} rows: {kind}, first at {note['first']}")
-    for kind, fault in content["broken"].items():
-        lines.append(f"  skipped {fault['count']:,}: {kind}, first at {fault['first']}")
-    return "\n".join(lines)

@@ -14,7 +14,7 @@ TERMINAL = 2.0
 """Seconds between two lines in a terminal."""
 
 
-class Reading:
+class ReadProgress:
     """Counts what is read of an input; prints a line at the beginning, then regularly.
 
     The time left is that of the files' bytes, or, where they are not known, of their number. Within
@@ -41,7 +41,7 @@ class Reading:
             every = TERMINAL if sys.stdout.isatty() else EVERY
         self.heartbeat = Heartbeat(self.line, every)
 
-    def __enter__(self) -> "Reading":
+    def __enter__(self) -> "ReadProgress":
         size = f", {self.clock.total / 1e6:,.1f} MB" if self.known else ""
         files = f"{len(self.file_parts)} file{'s' * (len(self.file_parts) > 1)}"
         self.heartbeat.say(f"prepare: reading {files}{size}")

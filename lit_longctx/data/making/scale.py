@@ -6,8 +6,8 @@ datatrove runs the parts; `join` makes one folder of them.
 import importlib
 import shutil
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from lit_longctx import manifest
 from lit_longctx.data.store.chunks import BLOCK, SPLITS, SplitWriter
+from lit_longctx.data.store.data_manifest import Manifest, SplitInfo
 from lit_longctx.data.store.windows import Windows
 
 SAME = ("format", "block", "chunk_tokens", "tokenizer", "settings")
@@ -110,50 +111,51 @@ def join(folders: list[Path], output: Path, source: str | None = None) -> dict[s
     first = parts[0]
     for folder, part in zip(folders, parts, strict=True):
         for name in SAME:
-            if part[name] != first[name]:
+            if getattr(part, name) != getattr(first, name):
                 raise ValueError(
                     f"{folder} was prepared otherwise than {folders[0]}: expected {name} "
-                    f"{first[name]}, got {part[name]}; remove the parts that are wrong, run again"
+                    f"{getattr(first, name)}, got {getattr(part, name)}; remove the parts that are "
+                    "wrong, run again"
                 )
     with manifest.whole_folder(output) as target:
         writers = {}
         for split in SPLITS:
-            writer = SplitWriter(target / split, first["tokenizer"], first["chunk_tokens"])
+            writer = SplitWriter(target / split, first.tokenizer, first.chunk_tokens)
             for folder, part in zip(folders, parts, strict=True):
-                if part["splits"][split]["documents"]:
+                if part.splits[split].documents:
                     copy(Windows(folder, split, BLOCK), writer)
             if writer.ledger.documents:
                 writer.finish()
-            _compare(writer, [part["splits"][split] for part in parts])
+            _compare(writer.info(), [part.splits[split] for part in parts])
             writers[split] = writer
         shutil.copytree(folders[0] / "tokenizer", target / "tokenizer")
-        content = {name: first[name] for name in SAME} | {
-            "source": source or output.name,
-            "round_trip": min(part["round_trip"] for part in parts),
-            "part": [0, 1],
-            "splits": {split: writer.describe() for split, writer in writers.items()},
-            "inputs": first.get("inputs", {}),
-            "broken": _summed([part["broken"] for part in parts]),
-            "notes": _summed([part.get("notes", {}) for part in parts]),
-            "filter": _filtered([part["filter"] for part in parts]),
-        }
-        manifest.seal(target, manifest.hash_files(target), **content)
+        joined = replace(
+            first,
+            source=source or output.name,
+            round_trip=min(part.round_trip for part in parts),
+            part=(0, 1),
+            splits={split: writer.info() for split, writer in writers.items()},
+            broken=_summed([part.broken for part in parts]),
+            notes=_summed([part.notes for part in parts]),
+            filter=_filtered([part.filter for part in parts]),
+        ).as_json()
+        manifest.seal(target, manifest.hash_files(target), **joined)
     print(f"joined {len(parts)} parts with {writers['train'].ledger.tokens:,} tokens to train on")
     print(f"wrote {output}; {folders[0].parent} can be removed")
-    return content
+    return joined
 
 
-def _verified(folder: Path, number: int, parts: int) -> dict[str, Any]:
+def _verified(folder: Path, number: int, parts: int) -> Manifest:
     """Return the manifest of a part whose files are all as it says."""
     if not folder.is_dir():
         raise ValueError(f"part {folder} is missing; prepare it, then join again")
     try:
-        found = manifest.verify(folder)
+        found = Manifest.from_json(manifest.verify(folder), folder)
     except ValueError as error:
         raise ValueError(f"{error}; remove {folder} and run again") from None
-    if found["part"] != [number, parts]:
+    if found.part != (number, parts):
         raise ValueError(
-            f"{folder} is part {found['part'][0]} of {found['part'][1]}, expected {number} of "
+            f"{folder} is part {found.part[0]} of {found.part[1]}, expected {number} of "
             f"{parts}; remove it and run again"
         )
     return found
@@ -170,16 +172,15 @@ def copy(windows: Windows, writer: SplitWriter) -> None:
             writer.extend(windows.read(begin, end), lengths[first:last].tolist())
 
 
-def _compare(writer: SplitWriter, expected: list[dict[str, Any]]) -> None:
+def _compare(found: SplitInfo, expected: list[SplitInfo]) -> None:
     """ValueError unless the joined documents and tokens are the sums of the parts'."""
-    found = writer.describe()
     for name in ("documents", "text_tokens"):
-        total = sum(part[name] for part in expected)
-        if found[name] != total:
-            raise ValueError(f"the parts hold {total} {name}, joined they are {found[name]}")
+        total = sum(getattr(part, name) for part in expected)
+        if (joined := getattr(found, name)) != total:
+            raise ValueError(f"the parts hold {total} {name}, joined they are {joined}")
 
 
-def _summed(parts: list[dict[str, Any]]) -> dict[str, Any]:
+def _summed(parts: list[Mapping[str, Any]]) -> dict[str, Any]:
     """Faults of all parts; the first example of each kind."""
     counts = Counter[str]()
     first: dict[str, str] = {}
@@ -190,7 +191,7 @@ def _summed(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {kind: {"count": number, "first": first[kind]} for kind, number in counts.items()}
 
 
-def _filtered(parts: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+def _filtered(parts: list[Mapping[str, Any] | None]) -> dict[str, Any] | None:
     """What the filter kept and dropped in all parts; scores are in the parts' own manifests."""
     reports = [part for part in parts if part]
     sums = ("kept", "dropped", "kept_tokens", "dropped_tokens")

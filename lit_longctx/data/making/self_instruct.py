@@ -16,12 +16,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, final
 
+from lit_longctx.data.making.report import Unanswered
 from lit_longctx.data.reading.documents import Document, unfit
-from lit_longctx.result_cache import Of, ResultCache
+from lit_longctx.result_cache import CacheKey, ResultCache
 
 ASK = """\
 The passage at the end is an excerpt from a long document. Write one question that it answers, and \
@@ -50,8 +50,6 @@ Passage:
 
 Question: {question}
 Proposed answer: {answer}"""
-ENOUGH = 20
-"""Questions after which the share of failures is taken seriously."""
 SPENT = ("replies of this run", "replies of earlier runs", "prompt tokens", "new tokens")
 """What replies cost; the tokens are those of both."""
 AHEAD = 4
@@ -60,20 +58,6 @@ AHEAD = 4
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Row = dict[str, Any]
-
-
-@final
-class Unanswered(Exception):
-    """A question that came to nothing; its text is one of few reasons.
-
-    Args:
-        reason: Counted in the report.
-        detail: What else is known; of the first of each kind it is shown.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.detail = detail
 
 
 class Reply(NamedTuple):
@@ -156,7 +140,7 @@ class ResponseCache:
     def __exit__(self, *_: object) -> None:
         self.cache.file.close()
 
-    def recall(self, of: Of, ask: Callable[[], Reply]) -> Reply:
+    def recall(self, of: CacheKey, ask: Callable[[], Reply]) -> Reply:
         """Return the reply to what `of` describes; asks if there is none yet."""
         known = of in self.cache
         reply = Reply(*self.cache[of]) if known else ask()
@@ -292,60 +276,3 @@ def in_order(
         yield results()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-# ---- report
-
-
-@dataclass
-class Report:
-    """What became of documents and questions."""
-
-    tolerated: float = 0.1
-    """Largest share of questions that may fail; above it the run stops."""
-    documents: int = 0
-    passed_over: Counter[str] = field(default_factory=Counter)
-    """Documents that nothing was asked about, by the reason."""
-    kept: int = 0
-    filtered: int = 0
-    """Questions whose answer the model took back."""
-    failed: Counter[str] = field(default_factory=Counter)
-    """Questions that came to nothing, by the reason."""
-    first: dict[str, str] = field(default_factory=dict)
-    """The first question of each reason, and what else is known of it."""
-    costs: dict[str, int] = field(default_factory=dict)
-    """Replies, requests and tokens."""
-
-    def fail(self, name: str, reason: Unanswered) -> None:
-        """Count a failure; ValueError if it is one too many."""
-        shown = f"{name}: {reason.detail}" if reason.detail else name
-        self.failed[str(reason)] += 1
-        self.first.setdefault(str(reason), ascii(shown[:200])[1:-1])
-        if self.kept + self.filtered + self.failed.total() >= ENOUGH:
-            self.check()
-
-    def check(self) -> None:
-        """Raise ValueError if more than the tolerated share has failed."""
-        failed = self.failed.total()
-        asked = self.kept + self.filtered + failed
-        if failed > self.tolerated * asked:
-            reason, count = self.failed.most_common(1)[0]
-            raise ValueError(
-                f"{failed} of {asked} questions failed (tolerated: {self.tolerated:.1%}), most "
-                f"often by {reason} ({count}, first {self.first[reason]}); replies are kept: mend "
-                "it and start again, or raise --task.tolerated"
-            )
-
-    def summary(self) -> str:
-        """Return the counts as lines of text."""
-        lines = [
-            f"{self.documents:,} documents: {self.kept:,} rows kept, {self.filtered:,} filtered by "
-            f"critique, {self.failed.total():,} failed"
-        ]
-        for reason, count in self.passed_over.items():
-            lines.append(f"  passed over {count:,}: {reason}")
-        for reason, count in self.failed.items():
-            lines.append(f"  failed {count:,}: {reason}, first {self.first[reason]}")
-        if self.costs:
-            lines.append("  " + ", ".join(f"{n:,} {name}" for name, n in self.costs.items()))
-        return "\n".join(lines)

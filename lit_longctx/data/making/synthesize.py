@@ -17,23 +17,22 @@ from typing import Any, TextIO, final
 from tqdm import tqdm
 
 from lit_longctx import manifest
+from lit_longctx.data.making.report import Report, Unanswered
 from lit_longctx.data.making.self_instruct import (
     Generator,
     Passage,
     QAGenerator,
-    Report,
     ResponseCache,
     Row,
-    Unanswered,
     draw,
     in_order,
 )
 from lit_longctx.data.making.synthetic import Synthetic
-from lit_longctx.data.reading.documents import Faults, Reader
+from lit_longctx.data.reading.documents import DocumentReader, Faults
 from lit_longctx.data.tokens.opening import open_tokenizer
 
 
-class Task(ABC):
+class SynthesisTask(ABC):
     """A kind of fine-tuning data."""
 
     @abstractmethod
@@ -47,7 +46,7 @@ class Task(ABC):
         """
 
 
-def synthesize(task: Task, output: str, seed: int = 0) -> dict[str, Any]:
+def synthesize(task: SynthesisTask, output: str, seed: int = 0) -> dict[str, Any]:
     """Make long fine-tuning data; OUTPUT appears whole or not at all.
 
     Args:
@@ -89,7 +88,7 @@ def whole_file(target: Path) -> Iterator[TextIO]:
 
 @final
 @dataclass(frozen=True)
-class TemplatedTask(Task):
+class TemplatedTask(SynthesisTask):
     """Documents whose questions are right by construction; no model is asked."""
 
     kind: Synthetic
@@ -118,7 +117,7 @@ class TemplatedTask(Task):
 
 @final
 @dataclass(frozen=True)
-class SelfInstruct(Task):
+class SelfInstruct(SynthesisTask):
     """Llama 2 Long's questions and answers about chunks of long documents (arXiv:2309.16039, §2.2).
 
     Every reply is kept in OUTPUT.asked as soon as it is there: the same command again, after a stop
@@ -129,7 +128,7 @@ class SelfInstruct(Task):
     """Documents, as `prepare` reads them."""
     generator: Generator
     """The model: `Endpoint` or `Checkpoint`."""
-    reader: Reader = field(default_factory=Reader)
+    reader: DocumentReader = field(default_factory=DocumentReader)
     """Which fields of rows hold text and name, and the largest document."""
     questions: int = 1
     """Questions per document, each about a chunk of its own."""

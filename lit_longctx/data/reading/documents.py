@@ -44,7 +44,7 @@ class FilePart(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reader:
+class DocumentReader:
     """How to read the input of `prepare`."""
 
     text_field: str = "text"

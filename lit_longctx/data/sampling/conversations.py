@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from lit_longctx.batch import NO_TARGET
-from lit_longctx.data.reading.documents import FilePart, Reader
+from lit_longctx.data.reading.documents import DocumentReader, FilePart
 from lit_longctx.data.reading.faults import Faults
 from lit_longctx.data.reading.inputs import File, Names, Selection
 from lit_longctx.data.reading.rows import READERS
@@ -24,7 +24,7 @@ TOGETHER = 2**14
 
 
 def conversation_file_parts(
-    inputs: Sequence[str], reader: Reader, selection: Selection
+    inputs: Sequence[str], reader: DocumentReader, selection: Selection
 ) -> list[FilePart]:
     """Return what is read one after the other: every file of rows."""
     names, file_parts = Names(), []
@@ -35,7 +35,9 @@ def conversation_file_parts(
     return file_parts
 
 
-def _conversations(file: File, name: str, reader: Reader, faults: Faults) -> Iterator[Conversation]:
+def _conversations(
+    file: File, name: str, reader: DocumentReader, faults: Faults
+) -> Iterator[Conversation]:
     if file.kind not in READERS:
         raise ValueError(f"expected rows of conversations in {file.path}; got text; give jsonl")
     labels = frozenset(reader.labels)
@@ -78,7 +80,7 @@ class Conversations:
     ) -> None:
         self.windows = Windows(folder, split, window, storage, chat=True)
         self.window = window
-        held = self.windows.manifest["splits"][split]["documents"]
+        held = self.windows.manifest.splits[split].documents
         lengths = self.windows.document_lengths().astype(np.int64) if held else np.zeros(0, int)
         long = self.windows.long_documents().astype(np.int64) if held else np.zeros((0, 2), int)
         over = (lengths - window).clip(0)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_longctx.batch import Batch, StepBatch
 from lit_longctx.data.sampling.contiguous import ContiguousSampler
-from lit_longctx.data.sampling.interface import DataDescription, TrainingData
+from lit_longctx.data.sampling.data_description import DataDescription, TrainingData
 from lit_longctx.data.sampling.position_transforms import PositionTransform
 from lit_longctx.data.sampling.sample_index import SampleIndex
 from lit_longctx.data.sampling.stages import Stage, StageSchedule
+from lit_longctx.data.tokens.info import TokenizerInfo
 
 Rows = list[tuple[int, int, int]]
 """(source, window, sample) of each row; window −1 is padding, without targets."""
@@ -31,8 +33,8 @@ class StepData(TrainingData, ABC):
     sources: Mapping[str, Any]
     """By name; what a source is, the subclass knows."""
     stage_schedule: StageSchedule
-    tokenizer: dict[str, Any]
-    """What the windows were made with, as `described`."""
+    tokenizer: TokenizerInfo
+    """What the windows were made with."""
     tokenizer_folder: Path | None
     window: int
     """Tokens of the longest row."""
@@ -177,12 +179,12 @@ def given_weights(sources: Mapping[str, Any]) -> dict[str, float] | None:
     return {n: s.weight for n, s in sources.items() if s.weight is not None} or None
 
 
-def common_tokenizer(opened: Iterable[Any]) -> dict[str, Any]:
+def common_tokenizer(opened: Iterable[Any]) -> TokenizerInfo:
     """Return the tokenizer of windows that have the same, with the largest id that any uses."""
-    told = [windows.tokenizer for windows in opened]
-    if not all("largest_id" in each for each in told):
-        return {name: value for name, value in told[0].items() if name != "largest_id"}
-    return {**told[0], "largest_id": max(each["largest_id"] for each in told)}
+    tokenizers = [windows.tokenizer for windows in opened]
+    largest = [each.largest_id for each in tokenizers if each.largest_id is not None]
+    known = len(largest) == len(tokenizers)
+    return replace(tokenizers[0], largest_id=max(largest) if known else None)
 
 
 class StepSampler(Sampler[int]):

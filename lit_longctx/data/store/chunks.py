@@ -7,18 +7,19 @@ no chunk loses its tail. The last block is filled up with BOS, which is never a 
 
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from litdata import TokensLoader
 from litdata.streaming.writer import BinaryWriter
 from litdata.utilities.env import _DistributedEnv
 
+from lit_longctx.data.store.data_manifest import SplitInfo
 from lit_longctx.data.store.windows import ANSWER, LENGTHS, LONG
 from lit_longctx.data.tokens.chats import Rendered
+from lit_longctx.data.tokens.info import TokenizerInfo
 from lit_longctx.data.tokens.tokenizer import Ids
 
 BLOCK = 256
@@ -60,31 +61,23 @@ class Ledger:
         self.length_tokens[bucket] += length
 
 
-def prefix(tokenizer: Mapping[str, Any]) -> list[int]:
-    """Return what documents begin with, by a manifest's description of a tokenizer: BOS or nothing.
-
-    Until `add_bos` was recorded, all began with BOS.
-    """
-    return [tokenizer["bos"]] if tokenizer.get("add_bos", True) else []
-
-
 class SplitWriter:
     """Writes one split: a litdata folder whose chunks hold whole blocks.
 
     Args:
         folder: Where to.
-        tokenizer: Its description.
+        tokenizer: What is known of it.
         chunk_tokens: Tokens of a chunk.
         chat: Whether conversations come, whose ids bear marks.
     """
 
     def __init__(
-        self, folder: Path, tokenizer: Mapping[str, Any], chunk_tokens: int, chat: bool = False
+        self, folder: Path, tokenizer: TokenizerInfo, chunk_tokens: int, chat: bool = False
     ) -> None:
         self.ledger = Ledger()
-        self.bos, self.eos = tokenizer["bos"], tokenizer["eos"]
-        self.prefix = prefix(tokenizer)
-        self.dtype = np.uint16 if tokenizer["vocab_size"] <= 2**16 else np.int32
+        self.bos, self.eos = tokenizer.bos, tokenizer.eos
+        self.prefix = tokenizer.prefix
+        self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
         if chat:
             self.dtype = np.uint32
         self.long: list[tuple[int, int]] | None = [] if chat else None
@@ -153,18 +146,18 @@ class SplitWriter:
         if self.long is not None:
             np.save(self.folder / LONG, np.array(self.long, dtype=np.uint32).reshape(-1, 2))
 
-    def describe(self) -> dict[str, Any]:
-        """Return the manifest's entry of this split."""
+    def info(self) -> SplitInfo:
+        """Return the token ledger of what was written."""
         ledger = self.ledger
         edges = sorted(ledger.lengths)
-        return {
-            "documents": ledger.documents,
-            "tokens": ledger.tokens,
-            "text_tokens": ledger.text_tokens,
-            "boundary_tokens": ledger.boundary_tokens,
-            "padding": ledger.padding,
-            "chunks": self.chunks,
-            "largest_id": self.largest_id,
-            "lengths": [[e, ledger.lengths[e], ledger.length_tokens[e]] for e in edges],
-            **({} if self.long is None else {"answer_tokens": self.answer_tokens}),
-        }
+        return SplitInfo(
+            documents=ledger.documents,
+            tokens=ledger.tokens,
+            text_tokens=ledger.text_tokens,
+            boundary_tokens=ledger.boundary_tokens,
+            padding=ledger.padding,
+            chunks=self.chunks,
+            largest_id=self.largest_id,
+            lengths=[[e, ledger.lengths[e], ledger.length_tokens[e]] for e in edges],
+            answer_tokens=None if self.long is None else self.answer_tokens,
+        )

@@ -27,6 +27,7 @@ from lit_longctx.data.store.remote import (
 )
 from lit_longctx.data.store.storage import ObjectStorage
 from lit_longctx.data.store.windows import Maps, Windows
+from lit_longctx.data.tokens.info import TokenizerInfo
 
 INDEX = "index.json"
 DTYPES = {8: "u1", 9: "i1", 16: "u2", 17: "i2", 32: "u4", 33: "i4", 64: "u8", 65: "i8"}
@@ -53,7 +54,7 @@ class MDSWindows:
         folder: str | Path,
         split: str,
         length: int,
-        tokenizer: dict[str, Any],
+        tokenizer: TokenizerInfo,
         storage: ObjectStorage = ObjectStorage(),
     ) -> None:
         self.folder, self.split, self.length = folder, split, length
@@ -63,10 +64,10 @@ class MDSWindows:
         self.content_hash = fingerprint(index)
         self.shards: list[dict[str, Any]] = index["shards"] if split == "train" else []
         self.ends = np.cumsum([shard["samples"] for shard in self.shards], dtype=np.int64)
-        self.bos: int = tokenizer["bos"]
+        self.bos = tokenizer.bos
         self._maps: Maps | None = None
         first = self._columns(0) if self.shards else {}
-        if self.shards and "indices" not in first and self.bos == tokenizer["eos"]:
+        if self.shards and "indices" not in first and self.bos == tokenizer.eos:
             raise ValueError(
                 f"{folder} has no column indices that says where documents start, and its "
                 "tokenizer's BOS is its EOS, which does not tell; write the shards with indices"
@@ -79,12 +80,10 @@ class MDSWindows:
             )
         items = self.shards[0]["samples"] if self.shards else 1
         used = self.item_tokens // length * length
-        self.manifest = {"tokenizer": tokenizer, "chunk_tokens": items * used}
-
-    @property
-    def tokenizer(self) -> dict[str, Any]:
+        self.tokenizer = tokenizer
         """What the folder was tokenised with; which ids are in use, it does not say."""
-        return self.manifest["tokenizer"]
+        self.chunk_tokens = items * used
+        """Tokens of a shard that are shuffled together."""
 
     @property
     def items(self) -> int:
@@ -174,7 +173,7 @@ def open_windows(
     split: str,
     length: int,
     storage: ObjectStorage = ObjectStorage(),
-    tokenizer: dict[str, Any] | None = None,
+    tokenizer: TokenizerInfo | None = None,
 ) -> Windows | MDSWindows:
     """Return windows of a prepared folder or, where `tokenizer` is given, of an MDS folder."""
     if tokenizer is not None:

@@ -20,6 +20,7 @@ from typing import Any
 from litdata.streaming.downloader import Downloader, get_downloader
 
 from lit_longctx import manifest
+from lit_longctx.data.store.data_manifest import Manifest
 from lit_longctx.data.store.storage import ObjectStorage
 
 SCHEMES = ("s3://", "gs://", "azure://", "r2://", "hf://", "local:")
@@ -147,7 +148,7 @@ def is_remote(folder: str | Path) -> bool:
     return str(folder).startswith(SCHEMES)
 
 
-def open_folder(folder: str | Path, storage: ObjectStorage) -> tuple[dict[str, Any], Files]:
+def open_folder(folder: str | Path, storage: ObjectStorage) -> tuple[Manifest, Files]:
     """Return the manifest of a prepared folder, on disk or at a URL, and its files."""
     if is_remote(folder):
         url = str(folder).rstrip("/")
@@ -155,11 +156,11 @@ def open_folder(folder: str | Path, storage: ObjectStorage) -> tuple[dict[str, A
         content = json.loads(fetch_text(connection, f"{url}/{manifest.NAME}", manifest.read))
         content.pop("sha256")
         files = RemoteFiles(url, content["files"], fingerprint(content), storage, connection)
-        return content, files
+        return Manifest.from_json(content, folder), files
     if not Path(folder).is_dir():
         raise ValueError(f"data folder {folder} does not exist; make it with lit_longctx prepare")
     content = manifest.read(Path(folder))
-    return content, LocalFiles(Path(folder), content["files"])
+    return Manifest.from_json(content, folder), LocalFiles(Path(folder), content["files"])
 
 
 def fingerprint(content: Any) -> str:

@@ -8,6 +8,7 @@ import json
 import mmap
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from litdata.constants import _NUMPY_DTYPES_MAPPING
 
 from lit_longctx.data.store.remote import open_folder
 from lit_longctx.data.store.storage import ObjectStorage
+from lit_longctx.data.tokens.info import TokenizerInfo
 from lit_longctx.manifest import short_hash
 
 ANSWER = 2**31
@@ -49,16 +51,16 @@ class Windows:
     ) -> None:
         self.folder, self.split, self.length = folder, split, length
         self.manifest, self.files = open_folder(folder, storage)
-        if bool(self.manifest.get("chat")) != chat:
+        if self.manifest.chat != chat:
             held = ("documents", "conversations")
             raise ValueError(
                 f"expected {held[chat]} in {folder}; got {held[not chat]}; "
                 f"prepare {'with' if chat else 'without'} --chat true"
             )
-        if split not in self.manifest.get("splits", {}):
+        if split not in self.manifest.splits:
             raise ValueError(f"{folder} holds no split {split!r}; make it with lit_longctx prepare")
-        self.block: int = self.manifest["block"]
-        chunk = self.manifest["chunk_tokens"]
+        self.block = self.manifest.block
+        chunk = self.manifest.chunk_tokens
         if length < 1 or length % self.block:
             raise ValueError(f"window {length} is no multiple of the block of {self.block} tokens")
         if length > chunk:
@@ -66,13 +68,15 @@ class Windows:
                 f"window {length} exceeds chunk of {chunk} tokens; "
                 f"prepare with --chunk_tokens {length} or more"
             )
-        self.tokens: int = self.manifest["splits"][split]["tokens"]
-        bos, eos = (self.manifest.get("tokenizer", {}).get(end) for end in ("bos", "eos"))
-        if self.tokens and not self._has_lengths and bos == eos is not None:
+        self.tokens = self.manifest.splits[split].tokens
+        tokenizer = self.manifest.tokenizer
+        if self.tokens and not self._has_lengths and tokenizer.bos == tokenizer.eos:
             raise ValueError(
                 f"{folder} was prepared by an older version, which did not record where documents "
                 "start, and its BOS is its EOS, which does not tell; prepare it again"
             )
+        self.chunk_tokens = chunk
+        """Tokens of a chunk file."""
         self._chunks: Chunks | None = None
         self._begins: np.ndarray | None = None
 
@@ -91,22 +95,22 @@ class Windows:
         return self.files.fetches
 
     @property
-    def tokenizer(self) -> dict[str, Any]:
-        """What the manifest says of the tokenizer and, where it does, of the ids in use.
+    def tokenizer(self) -> TokenizerInfo:
+        """The tokenizer that made the ids and, where it is recorded, the largest id in use.
 
         `largest_id` is the largest in any split. A vocabulary may hold more: a [PAD] that no data
         has, beyond the rows of the model's embedding.
         """
-        splits = self.manifest["splits"].values()
-        if not all("largest_id" in split for split in splits):
-            return self.manifest["tokenizer"]
-        largest = max(split["largest_id"] for split in splits)
-        return {**self.manifest["tokenizer"], "largest_id": largest}
+        largest = [split.largest_id for split in self.manifest.splits.values()]
+        known = [each for each in largest if each is not None]
+        if len(known) < len(largest):
+            return self.manifest.tokenizer
+        return replace(self.manifest.tokenizer, largest_id=max(known))
 
     @property
     def content_hash(self) -> str:
         """Hash of the stored tokens; the same where `prepare` ran again on the same input."""
-        files = self.manifest["files"].items()
+        files = self.manifest.files.items()
         kept = {n: f["sha256"] for n, f in files if n.startswith(("train/", "held_out/"))}
         return short_hash({n: f for n, f in kept.items() if not n.endswith("index.json")})
 
@@ -140,7 +144,7 @@ class Windows:
         tokens = self[index]
         begin = index * self.length
         if not self._has_lengths:
-            return tokens, tokens == self.manifest["tokenizer"]["bos"]
+            return tokens, tokens == self.manifest.tokenizer.bos
         return tokens, self.starts(begin, begin + self.length + 1)
 
     def starts(self, start: int, stop: int) -> np.ndarray:
@@ -160,7 +164,7 @@ class Windows:
     @property
     def _has_lengths(self) -> bool:
         """Whether the folder records its documents' lengths; the first version's did not."""
-        return f"{self.split}/{LENGTHS}" in self.manifest["files"]
+        return f"{self.split}/{LENGTHS}" in self.manifest.files
 
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document in order, BOS and EOS included, uint32."""
@@ -172,7 +176,7 @@ class Windows:
 
     def _array(self, name: str) -> np.ndarray:
         name = f"{self.split}/{name}"
-        if name not in self.manifest["files"]:
+        if name not in self.manifest.files:
             raise ValueError(f"{self.folder} was prepared by an older version; prepare it again")
         with self.files.open(name) as file:
             return np.load(file)

@@ -1,12 +1,12 @@
 """Open a tokenizer by name, describe it, and compare it with a checkpoint's."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lit_longctx import hub
 from lit_longctx.data.tokens.fingerprint import fingerprint
+from lit_longctx.data.tokens.info import TokenizerInfo
 from lit_longctx.data.tokens.libraries import JsonTokenizer, SentencePieceTokenizer
 from lit_longctx.data.tokens.special_tokens import (
     AddBos,
@@ -23,11 +23,15 @@ def round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
     return sum(same) / len(same) if same else 1.0
 
 
-def described(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what a manifest says of a tokenizer; `add_bos` only where that is false."""
-    names = ("fingerprint", "vocab_size", "bos", "eos")
-    found = {name: getattr(tokenizer, name) for name in names}
-    return found if tokenizer.bos_rule.added else {**found, "add_bos": False}
+def tokenizer_info(tokenizer: Tokenizer) -> TokenizerInfo:
+    """Return what a manifest records of a tokenizer."""
+    return TokenizerInfo(
+        tokenizer.fingerprint,
+        tokenizer.vocab_size,
+        tokenizer.bos,
+        tokenizer.eos,
+        add_bos=tokenizer.bos_rule.added,
+    )
 
 
 def describe_borders(tokenizer: Tokenizer, chat: bool) -> str:
@@ -94,7 +98,7 @@ def fingerprint_of(
     return fingerprint(file, bos, eos)
 
 
-def check_tokenizer(data: Mapping[str, Any], vocab_size: int, folder: Path | None) -> None:
+def check_tokenizer(data: TokenizerInfo, vocab_size: int, folder: Path | None) -> None:
     """Refuse data whose ids are not the model's.
 
     Args:
@@ -106,16 +110,17 @@ def check_tokenizer(data: Mapping[str, Any], vocab_size: int, folder: Path | Non
     Raises:
         ValueError: An id is beyond the vocabulary, or the checkpoint has another tokenizer.
     """
-    if data.get("largest_id", data["vocab_size"] - 1) >= vocab_size:
-        used = f", and uses id {data['largest_id']}" if "largest_id" in data else ""
+    largest = data.vocab_size - 1 if data.largest_id is None else data.largest_id
+    if largest >= vocab_size:
+        used = f", and uses id {largest}" if data.largest_id is not None else ""
         raise ValueError(
-            f"data has a vocabulary of {data['vocab_size']}, larger than the model's "
+            f"data has a vocabulary of {data.vocab_size}, larger than the model's "
             f"{vocab_size}{used}; prepare the data with the model's tokenizer"
         )
-    own = fingerprint_of(folder, data["bos"], data["eos"]) if folder else None
-    if own is not None and own != data["fingerprint"]:
+    own = fingerprint_of(folder, data.bos, data.eos) if folder else None
+    if own is not None and own != data.fingerprint:
         raise ValueError(
-            f"data has a tokenizer of fingerprint {data['fingerprint'][:12]}, the checkpoint one "
+            f"data has a tokenizer of fingerprint {data.fingerprint[:12]}, the checkpoint one "
             f"of {own[:12]}; prepare the data with --tokenizer {folder}"
         )
 

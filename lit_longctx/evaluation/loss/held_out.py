@@ -14,7 +14,6 @@ from lit_longctx.evaluation.loss.metrics import LossByPosition
 from lit_longctx.evaluation.measure import Comparison, EvalItem, Measure, Section, signed
 from lit_longctx.evaluation.statistics.intervals import Interval, Sums, paired_differences
 from lit_longctx.evaluation.statistics.scaling import Extrapolation, extrapolate
-from lit_longctx.manifest import short_hash
 from lit_longctx.model import Llama
 
 SOURCE, LENGTH, POSITION = 1, 2, 3
@@ -39,7 +38,7 @@ class HeldOutLoss(Measure):
         return [
             {
                 "source": name,
-                "data": short_hash(source.manifest),
+                "data": source.manifest.hash,
                 "window": source.length,
                 "at": int(at),
             }
@@ -55,7 +54,7 @@ class HeldOutLoss(Measure):
             torch.from_numpy(each)[None].to(llama.head_weight.device)
             for each in source.with_starts(item["at"])
         )
-        batch = pack(tokens, source.manifest["tokenizer"]["bos"], starts)
+        batch = pack(tokens, source.tokenizer.bos, starts)
         self.metric.to(tokens.device).reset()
         self.metric.update(llama(batch), batch)
         nats, targets = (found[0] for found in self.metric.compute())

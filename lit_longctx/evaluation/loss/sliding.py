@@ -17,7 +17,6 @@ from lit_longctx.evaluation.loss.perplexity import (
 )
 from lit_longctx.evaluation.measure import Comparison, EvalItem, Measure, Section, signed
 from lit_longctx.evaluation.statistics.intervals import Sums
-from lit_longctx.manifest import short_hash
 from lit_longctx.model import Llama
 
 
@@ -67,7 +66,7 @@ class SlidingWindowPerplexity(Measure):
         return [
             {
                 "source": name,
-                "data": short_hash(source.manifest),
+                "data": source.manifest.hash,
                 "begin": begin,
                 "tokens": self.how.length,
                 "window": window,

@@ -7,10 +7,9 @@ import numpy as np
 from lit_longctx.data.sampling.conversations import Conversations
 from lit_longctx.data.tokens.opening import open_tokenizer
 from lit_longctx.evaluation.measure import Comparison, EvalItem, Measure, Section
-from lit_longctx.evaluation.retrieval.probes import generated_answers, teacher_forced
-from lit_longctx.evaluation.retrieval.prompts import Sample
+from lit_longctx.evaluation.retrieval.prompts import TaskExample
+from lit_longctx.evaluation.retrieval.scoring import generated_answers, teacher_forced
 from lit_longctx.evaluation.statistics.intervals import Sums
-from lit_longctx.manifest import short_hash
 from lit_longctx.model import Llama
 
 
@@ -33,7 +32,7 @@ class Answers(Measure):
         return [
             {
                 "source": name,
-                "data": short_hash(source.windows.manifest),
+                "data": source.windows.manifest.hash,
                 "window": source.window,
                 "at": int(at),
                 "generate": self.generate,
@@ -79,8 +78,8 @@ class Answers(Measure):
         return Sums(np.array([value[kind] for value in values])[:, None] * which, which)
 
 
-def last_answer(ids: np.ndarray, answers: np.ndarray) -> Sample:
+def last_answer(ids: np.ndarray, answers: np.ndarray) -> TaskExample:
     """Return what comes before the last answer, and the answer with the end of its turn."""
     stop = int(np.flatnonzero(answers)[-1]) + 1
     begin = int(np.flatnonzero(~answers[:stop])[-1]) + 1
-    return Sample(ids[:begin], ids[begin:stop], "", (), ())
+    return TaskExample(ids[:begin], ids[begin:stop], "", (), ())

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 
 from lit_longctx import plots
 from lit_longctx.evaluation.measure import Comparison, EvalItem, Measure, Section
-from lit_longctx.evaluation.retrieval.probes import generated, task_named, teacher_forced
-from lit_longctx.evaluation.retrieval.prompts import Haystack, Sample
+from lit_longctx.evaluation.retrieval.prompts import Haystack, TaskExample
+from lit_longctx.evaluation.retrieval.registry import task_named
+from lit_longctx.evaluation.retrieval.scoring import generated, teacher_forced
 from lit_longctx.evaluation.statistics.intervals import Sums, wilson
 from lit_longctx.manifest import short_hash
 from lit_longctx.model import Llama
@@ -70,7 +71,7 @@ class Probe(Measure):
             for seed in self.seeds
         ]
 
-    def sample(self, item: EvalItem) -> Sample:
+    def sample(self, item: EvalItem) -> TaskExample:
         """Return the prompt of a item, with its answer."""
         return self.task.sample(self.hay, item["length"], item["depth"], item["seed"])
 

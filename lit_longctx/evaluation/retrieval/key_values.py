@@ -15,8 +15,8 @@ from lit_longctx.data.making.synthetic import HEAD, key_value, keys, number
 from lit_longctx.data.tokens.tokenizer import Tokenizer
 from lit_longctx.evaluation.retrieval.prompts import (
     Haystack,
-    Sample,
     Span,
+    TaskExample,
     complete,
     piece,
     pieces,
@@ -33,7 +33,7 @@ class KeyValues(Task):
     max_new_tokens: int = 16
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> TaskExample:
         """Put the asked line behind `depth` percent of the others; one more fills up, cut short.
 
         The haystack gives the tokenizer alone. Costs tokenizing as many lines as there are.
@@ -60,7 +60,7 @@ class KeyValues(Task):
         ids += [*line_ids, *(i for other in others[before:] for i in other), *tail_ids]
         return complete(tokenizer, ids, tail, [value], [span])
 
-    def score(self, sample: Sample, response: str) -> float:
+    def score(self, sample: TaskExample, response: str) -> float:
         """Whether the response begins with the value, as a whole number.
 
         Teacher forcing says the same of greedy decoding, but where the number goes on with another

@@ -47,7 +47,7 @@ class Hidden(NamedTuple):
     """With the white space around it."""
 
 
-class Sample(NamedTuple):
+class TaskExample(NamedTuple):
     """One question to a model, with its answer."""
 
     prompt_ids: Int[np.ndarray, " length"]
@@ -160,7 +160,7 @@ def hide(
     after_sentence: bool = False,
     restart: bool = False,
     first: int = 0,
-) -> Sample:
+) -> TaskExample:
     """Return a prompt of exactly `length` tokens: prefix, head, hay with the needles in it, tail.
 
     A needle at depth d stands behind d percent of the hay's tokens, rounded, or before the
@@ -217,7 +217,7 @@ def complete(
     tail: str,
     references: Sequence[str],
     spans: Sequence[Span] = (),
-) -> Sample:
+) -> TaskExample:
     """Add the answer to a prompt and check that its needles can be read in it.
 
     Raises:
@@ -234,7 +234,9 @@ def complete(
             raise ValueError(
                 f"tokenizer gives back {found!r} for {text!r}; expected one that keeps text"
             )
-    return Sample(ids, np.asarray(answer_ids, np.int64), answer, tuple(references), tuple(spans))
+    return TaskExample(
+        ids, np.asarray(answer_ids, np.int64), answer, tuple(references), tuple(spans)
+    )
 
 
 def _without_ends(

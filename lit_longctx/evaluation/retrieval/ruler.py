@@ -17,7 +17,7 @@ from lit_longctx.data.tokens.tokenizer import Tokenizer
 from lit_longctx.evaluation.retrieval.prompts import (
     Haystack,
     Hidden,
-    Sample,
+    TaskExample,
     complete,
     hide,
     piece,
@@ -38,7 +38,7 @@ class Ruler(Task):
             if value < 1:
                 raise ValueError(f"{name} {value} must be 1 or more")
 
-    def score(self, sample: Sample, response: str) -> float:
+    def score(self, sample: TaskExample, response: str) -> float:
         """Share of references that the response holds, whatever their case."""
         found = [reference.lower() in response.lower() for reference in sample.references]
         return sum(found) / len(found)
@@ -54,7 +54,7 @@ class MultiKey(Ruler):
     max_new_tokens: int = 128
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> TaskExample:
         """Hide the number that is asked for at `depth`, the others anywhere."""
         keys, numbers = _keys(seeded, self.keys), _numbers(seeded, self.keys)
         pairs = list(zip(keys, numbers, strict=True))
@@ -71,7 +71,7 @@ class MultiValue(Ruler):
     max_new_tokens: int = 128
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> TaskExample:
         """Hide the first at `depth`, the others anywhere."""
         (key,) = _keys(seeded, 1)
         pairs = [(key, number) for number in _numbers(seeded, self.values)]
@@ -88,7 +88,7 @@ class MultiQuery(Ruler):
     max_new_tokens: int = 128
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> TaskExample:
         """Hide the first at `depth`, the others anywhere."""
         keys, numbers = _keys(seeded, self.queries), _numbers(seeded, self.queries)
         pairs = list(zip(keys, numbers, strict=True))
@@ -105,7 +105,7 @@ class VariableTracking(Ruler):
     max_new_tokens: int = 30
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> TaskExample:
         """Assign the value at `depth`, and hop on anywhere after it."""
         names = [word[:5].upper() for word in islice(_syllables(seeded, 5), self.hops + 1)]
         (value,) = _numbers(seeded, 1)
@@ -138,7 +138,7 @@ class CommonWords(Ruler):
     max_new_tokens: int = 120
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> TaskExample:
         """Shuffle the list; its last word is cut to the token. Answers as they first appear."""
         tokenizer, stream = hay.tokenizer, _syllables(seeded)
         names = list(islice(stream, self.common))
@@ -171,7 +171,7 @@ class FrequentWords(Ruler):
     max_new_tokens: int = 50
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> TaskExample:
         """Shuffle the text; dots fill it to the token."""
         tokenizer = hay.tokenizer
         names = list(islice(_syllables(seeded), 1000))
@@ -205,7 +205,7 @@ def _magic_numbers(
     seeded: random.Random,
     pairs: Sequence[tuple[str, str]],
     asked: Sequence[str],
-) -> Sample:
+) -> TaskExample:
     """Hide the first pair at `depth`, others anywhere; answers key by key, as they stand."""
     depths = [depth, *(seeded.uniform(0, 100) for _ in pairs[1:])]
     placed = sorted(zip(depths, pairs, strict=True))

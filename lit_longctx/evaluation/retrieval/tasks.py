@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, final
 
 import numpy as np
 
-from lit_longctx.evaluation.retrieval.prompts import Haystack, Hidden, Sample, Span, hide
+from lit_longctx.evaluation.retrieval.prompts import Haystack, Hidden, Span, TaskExample, hide
 
 FU_LENGTHS = tuple(np.linspace(1000, 128_000, 40).round().astype(int).tolist())
 """Tokens per prompt in the needle's grid (Fu et al. 2024, arXiv:2402.10171)."""
@@ -36,7 +36,7 @@ class Task(ABC):
     max_new_tokens: int
     """Tokens that a generated answer may have, on top of the prompt."""
 
-    def sample(self, hay: Haystack, length: int, depth: float = 50, seed: int = 0) -> Sample:
+    def sample(self, hay: Haystack, length: int, depth: float = 50, seed: int = 0) -> TaskExample:
         """Return the sample of a seed.
 
         Args:
@@ -56,11 +56,11 @@ class Task(ABC):
         return self.draw(hay, length, depth, seeded)
 
     @abstractmethod
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> TaskExample:
         """Return a sample whose secrets come from `seeded`."""
 
     @abstractmethod
-    def score(self, sample: Sample, response: str) -> float:
+    def score(self, sample: TaskExample, response: str) -> float:
         """Return how right a free answer is, from 0 to 1."""
 
 
@@ -72,7 +72,7 @@ class Passkey(Task):
     max_new_tokens: int = 10
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> TaskExample:
         """Hide a number of up to 50,000 in noise; the haystack gives the tokenizer alone."""
         key = str(seeded.randint(1, 50_000))
         return hide(
@@ -86,7 +86,7 @@ class Passkey(Task):
             restart=True,
         )
 
-    def score(self, sample: Sample, response: str) -> float:
+    def score(self, sample: TaskExample, response: str) -> float:
         """Whether the first integer is the key."""
         found = re.search(r"\d+", response)
         return float(found is not None and int(found[0]) == int(sample.references[0]))
@@ -135,7 +135,7 @@ class Needle(Task):
         if self.mode not in ("exact", "fu"):
             raise ValueError(f"mode {self.mode!r} unknown; expected 'exact' or 'fu'")
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> TaskExample:
         """Hide the sentence of the sample's seed in the haystack from its place on."""
         fu = self.mode == "fu"
         city, secret = needle(seeded.number)
@@ -154,7 +154,7 @@ class Needle(Task):
             first=hay.cut(first) if seeded.number else 0,
         )
 
-    def score(self, sample: Sample, response: str) -> float:
+    def score(self, sample: TaskExample, response: str) -> float:
         """Share of the secret's words, or whether all of it is there but for the full stop."""
         secret = sample.references[0].rpartition(" is ")[2]
         if self.mode == "fu":
@@ -175,7 +175,7 @@ class FirstSentence(Task):
     max_new_tokens: int = 128
     """Tokens that a generated answer may have."""
 
-    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> Sample:
+    def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> TaskExample:
         """Begin the haystack at one of its sentences; costs its tokenization from there on."""
         if not hay.sentences:
             raise ValueError("the haystack has no sentence of 5 to 50 words; give running text")
@@ -191,7 +191,7 @@ class FirstSentence(Task):
         stop = start + len(tokenizer.encode([sentence])[0])
         return sample._replace(spans=(Span(sentence, start, stop),))
 
-    def score(self, sample: Sample, response: str) -> float:
+    def score(self, sample: TaskExample, response: str) -> float:
         """ROUGE-L of the first line: a base model goes on after its answer."""
         lines = response.strip().splitlines()
         return rouge_l(sample.references[0], lines[0]) if lines else 0.0

@@ -19,7 +19,7 @@ def check(case: Path, work: Path) -> None:
     (reader,) = data.readers(data.longest).values()
     rows = [(0, i, i) for i in range(len(reader))]
     batch = data.batch({0: reader}, rows, training=True)
-    eos = data.tokenizer["eos"]
+    eos = data.tokenizer.eos
     lengths = Windows(str(work / "out"), "train", WINDOW).document_lengths()
     ends = lengths.cumsum() - 1  # of each document, the last token, which is EOS
     inside = int((ends <= len(reader) * WINDOW).sum())

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from lit_longctx.data.sampling.stages import ENDLESS, Stage, StageSchedule
+from lit_longctx.data.tokens.info import TokenizerInfo
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class DataDescription:
     """Whether row r of a step follows row r of the step before, as a memory needs it."""
     context: int | None = None
     """Tokens of the context whose positions are trained on shorter rows, if they are."""
-    tokenizer: dict[str, Any] | None = None
+    tokenizer: TokenizerInfo | None = None
     """What the tokens were made with."""
     tokenizer_folder: Path | None = None
     """Folder of that tokenizer, to be kept with the run."""

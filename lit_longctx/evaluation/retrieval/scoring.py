@@ -10,39 +10,9 @@ from jaxtyping import Float
 from lit_longctx.batch import NO_TARGET, pack
 from lit_longctx.data.tokens.tokenizer import Tokenizer
 from lit_longctx.decoding import generate
-from lit_longctx.evaluation.retrieval.key_values import KeyValues
-from lit_longctx.evaluation.retrieval.prompts import Sample
-from lit_longctx.evaluation.retrieval.ruler import (
-    CommonWords,
-    FrequentWords,
-    MultiKey,
-    MultiQuery,
-    MultiValue,
-    VariableTracking,
-)
-from lit_longctx.evaluation.retrieval.tasks import FirstSentence, Needle, Passkey, Task
+from lit_longctx.evaluation.retrieval.prompts import TaskExample
+from lit_longctx.evaluation.retrieval.tasks import Task
 from lit_longctx.model import Llama
-
-TASKS: dict[str, type[Task]] = {
-    "passkey": Passkey,
-    "needle": Needle,
-    "first_sentence": FirstSentence,
-    "multi_key": MultiKey,
-    "multi_value": MultiValue,
-    "multi_query": MultiQuery,
-    "variable_tracking": VariableTracking,
-    "common_words": CommonWords,
-    "frequent_words": FrequentWords,
-    "key_values": KeyValues,
-}
-"""Every task by the name it has on the command line."""
-
-
-def task_named(name: str) -> Task:
-    """Return the task of that name with its default settings."""
-    if name not in TASKS:
-        raise ValueError(f"task {name!r} unknown; expected one of {', '.join(TASKS)}")
-    return TASKS[name]()
 
 
 class TeacherForced(NamedTuple):
@@ -55,7 +25,7 @@ class TeacherForced(NamedTuple):
 
 
 @torch.no_grad()  # not inference mode, after which FSDP could not go on training
-def teacher_forced(llama: Llama, samples: Sequence[Sample]) -> list[TeacherForced]:
+def teacher_forced(llama: Llama, samples: Sequence[TaskExample]) -> list[TeacherForced]:
     """Read prompts with their answers in one batched forward pass; lengths may differ.
 
     `exact` is what greedy decoding would give, if it had to give this tokenization of this answer,
@@ -84,7 +54,7 @@ def teacher_forced(llama: Llama, samples: Sequence[Sample]) -> list[TeacherForce
 
 
 def generated(
-    llama: Llama, tokenizer: Tokenizer, task: Task, samples: Sequence[Sample]
+    llama: Llama, tokenizer: Tokenizer, task: Task, samples: Sequence[TaskExample]
 ) -> list[str]:
     """Answer prompts of equal length greedily; score them with `task.score(sample, answer)`.
 
@@ -99,7 +69,7 @@ def generated(
 def generated_answers(
     llama: Llama,
     tokenizer: Tokenizer,
-    samples: Sequence[Sample],
+    samples: Sequence[TaskExample],
     max_new_tokens: int,
     end: int | None = None,
 ) -> list[str]:
