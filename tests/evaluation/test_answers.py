@@ -7,7 +7,7 @@ import torch
 from lit_longctx.batch import one_document
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 from lit_longctx.decoding import reading
-from lit_longctx.evaluation.retrieval import probes
+from lit_longctx.evaluation.retrieval import scoring
 from lit_longctx.evaluation.retrieval.answers import last_answer
 from lit_longctx.evaluation.retrieval.scoring import generated_answers, teacher_forced
 from lit_longctx.model import Llama, LlamaConfig
@@ -55,7 +55,7 @@ def test_an_answer_ends_with_its_turn(llama, monkeypatch):
         asked.update(most=most, eos=eos)
         return torch.cat([prompts, torch.tensor([[65, 66]])], dim=1)
 
-    monkeypatch.setattr(probes, "generate", generate)
+    monkeypatch.setattr(scoring, "generate", generate)
     ids, answers = (np.array(column) for column in zip(*SAID, strict=True))
     sample = last_answer(ids, answers.astype(bool))
     assert generated_answers(llama, ByteTokenizer(), [sample], 5, end=10) == ["AB"]
