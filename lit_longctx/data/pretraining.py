@@ -228,13 +228,18 @@ def read_batch(readers: Mapping[int, WindowReader], rows: Rows, bos: int) -> Bat
     padding = np.full(length + 1, NO_TARGET), np.zeros(length + 1, dtype=bool)
     found = [padding if window < 0 else _row(readers[source], window) for source, window, _ in rows]
     tokens, starts = zip(*found, strict=True)
-    return pack(
+    batch = pack(
         torch.from_numpy(np.stack(tokens)),
         bos,
         torch.from_numpy(np.stack(starts)),
         sources=torch.tensor([source for source, *_ in rows]),
         samples=torch.tensor([sample for *_, sample in rows]),
     )
+    for labels, (source, window, _) in zip(batch.labels, rows, strict=True):
+        reader = readers[source] if window >= 0 else None
+        if isinstance(reader, MDSWindows) and (targets := reader.targets(window)) is not None:
+            labels[~torch.from_numpy(targets[1:])] = NO_TARGET
+    return batch
 
 
 def _row(reader: WindowReader, window: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from lit_longctx.batch import Documents
-from lit_longctx.position.rotary import Rotary, base_frequencies, cos_sin
+from lit_longctx.position.rotary import Rotary, base_frequencies, base_powers, cos_sin
 from lit_longctx.position.scheme import KEEP_THE_RUN, document_lengths
 
 
@@ -32,7 +32,8 @@ class LongRoPE(Rotary):
     original_context: int | None = field(default=None, kw_only=True)
     """L: tokens per sequence the model was trained on; default: as the checkpoint says."""
     unscaled_tokens: int = 0
-    """n̂: so many first positions of a document are not interpolated; Hugging Face lacks it."""
+    """n̂: so many first positions of a document are not interpolated, and have no attention factor;
+    Hugging Face lacks it."""
 
     rope_type = "longrope"
     rope_fields = ("theta", "factor", "short_factor", "long_factor", "original_context")
@@ -67,8 +68,9 @@ class LongRoPE(Rotary):
                 )
 
     def _divided(self, factors: Sequence[float], head_dim: int) -> Float[Tensor, " freq"]:
+        """Return 1 / (λ_i·b^(2i/d)), in the authors' order of operations, which float32 shows."""
         self.check(head_dim)
-        return base_frequencies(self.theta, head_dim) / torch.tensor(factors)
+        return 1.0 / (torch.tensor(factors) * base_powers(self.theta, head_dim))
 
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
         """θ_i / λ_i; without a length, those of short documents."""
@@ -91,5 +93,6 @@ class LongRoPE(Rotary):
         )
         positions = position_ids.unsqueeze(-1).float()
         plain = base_frequencies(self.theta, head_dim).to(device)
-        frequencies = torch.where(positions < self.unscaled_tokens, plain, frequencies)
-        return cos_sin(positions * frequencies, self.attention_factor)
+        unscaled = positions < self.unscaled_tokens
+        frequencies = torch.where(unscaled, plain, frequencies)
+        return cos_sin(positions * frequencies, torch.where(unscaled, 1.0, self.attention_factor))

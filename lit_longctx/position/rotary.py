@@ -21,7 +21,12 @@ from lit_longctx.position.scheme import THETA, PositionScheme, document_lengths
 
 def base_frequencies(theta: float | None, head_dim: int) -> Float[Tensor, " freq"]:
     """θ_i in radians per token, i = 0 … d/2 − 1 (Su et al. 2021, arXiv:2104.09864, eq. 15)."""
-    return 1.0 / (theta or THETA) ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    return 1.0 / base_powers(theta, head_dim)
+
+
+def base_powers(theta: float | None, head_dim: int) -> Float[Tensor, " freq"]:
+    """b^(2i/d): tokens per radian of each pair."""
+    return (theta or THETA) ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
 
 class Rotate(nn.Module):
@@ -51,7 +56,7 @@ def turn(
 
 
 def cos_sin(
-    angles: Float[Tensor, "batch seq freq"], attention_factor: float
+    angles: Float[Tensor, "batch seq freq"], attention_factor: float | Tensor
 ) -> Float[Tensor, "batch seq head_dim"]:
     """Return [cos | sin], both times the attention factor."""
     return torch.cat([angles.cos(), angles.sin()], dim=-1) * attention_factor

@@ -75,6 +75,11 @@ class WarmupLinear(Warmup):
     final: float = 0.0
     """Factor that the update after the last would have."""
 
+    def factor(self, step: int, steps: int) -> float:
+        """Rise from 0: the first update has none, as in transformers' schedule of that name."""
+        rising = updates(self.warmup_steps, steps)
+        return step / rising if step < rising else self.after_warmup(step, rising, steps)
+
     def after_warmup(self, step: int, rising: int, steps: int) -> float:
         """Fall by equal steps."""
         left = max(0.0, (steps - step) / max(1, steps - rising))

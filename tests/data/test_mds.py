@@ -4,12 +4,12 @@ import json
 import multiprocessing
 import pickle
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lit_longctx.data.pretraining import read_batch
 from lit_longctx.data.store import mds
 from lit_longctx.data.store.mds import MDSWindows, open_windows
 from lit_longctx.data.store.storage import ObjectStorage
@@ -44,7 +44,7 @@ def edit(folder, **changes):
     (folder / "index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("name", ["plain", "zstd", "bos", "json"])
+@pytest.mark.parametrize("name", ["plain", "zstd", "json"])
 def test_a_window_as_long_as_an_item_is_the_item_and_padding(name, storage):
     packs = MDSWindows(GOLDEN / name, "train", ITEM, TOKENIZER, storage)
     assert (len(packs), packs.tokens, packs.dropped) == (ITEMS, ITEMS * ITEM, 0)
@@ -182,9 +182,22 @@ def test_arrays_by_the_published_layout(shape, dtype):
     assert mds.decode_array(values.tobytes(), fixed).tolist() == flat
 
 
-def test_items_without_spans_need_a_bos_that_is_no_eos(storage):
-    same = replace(TOKENIZER, eos=TOKENIZER.bos)
-    with pytest.raises(ValueError, match=r"no column indices .* write the shards with indices$"):
-        MDSWindows(GOLDEN / "bos", "train", ITEM, same, storage)
-    tokens, starts = MDSWindows(GOLDEN / "plain", "train", ITEM, same, storage)[1]
-    assert (tokens.tolist(), np.flatnonzero(starts).tolist()) == ([*item(1)[0], -100], item(1)[1])
+def test_an_item_without_spans_is_one_document(storage):
+    """As in ProLong's training/dataset.py: without `indices` no boundary, BOS or not."""
+    tokens, starts = MDSWindows(GOLDEN / "bos", "train", ITEM, TOKENIZER, storage)[1]
+    assert (tokens.tolist(), np.flatnonzero(starts).tolist()) == ([*item(1)[0], -100], [0])
+
+
+def test_tokens_of_mask_0_are_no_targets(storage):
+    """Shards with the columns that ProLong released for fine-tuning: input_ids, indices, mask."""
+    windows = MDSWindows(GOLDEN / "mask", "train", 128, TOKENIZER, storage)
+    assert MDSWindows(GOLDEN / "plain", "train", 128, TOKENIZER, storage).targets(0) is None
+    batch = read_batch({0: windows}, [(0, 3, 0), (0, -1, 1), (0, 0, 2)], bos=1)
+    for row, (number, begin) in {0: (1, 128), 2: (0, 0)}.items():
+        ids, starts = item(number)
+        expected = [
+            -100 if place == ITEM or place % 5 >= 2 or place in starts else ids[place]
+            for place in range(begin + 1, begin + 129)
+        ]
+        assert batch.labels[row].tolist() == expected
+    assert (batch.labels[1] == -100).all()

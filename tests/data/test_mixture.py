@@ -107,13 +107,16 @@ def test_global_drops_short_documents_and_lets_shares_move(sources, tmp_path):
     assert after["web"] < before["web"]
 
 
-def test_named_sources_are_raised_and_all_lengths_stay(sources, tmp_path):
+def test_named_sources_are_raised_and_short_documents_filtered(sources, tmp_path):
+    """As `upsample_code_arxiv_book` of Fu et al.'s code, which drops short documents too."""
     found, _ = mixed(sources, tmp_path, mode="upsample", shares={"books": 0.6})
     before, (after, tokens) = shares(sources)[0], shares(found)
     total = before["web"] + before["code"] + 0.6
     expected = {"web": before["web"] / total, "books": 0.6 / total, "code": before["code"] / total}
     for name, share in expected.items():
         assert after[name] == pytest.approx(share, abs=2500 / sum(tokens.values())), name
+    assert long_share(found["web"]) > long_share(sources["web"]) + 0.15
+    found, _ = mixed(sources, tmp_path / "all", mode="upsample", shares={"books": 0.6}, keep=1.0)
     assert long_share(found["web"]) == pytest.approx(long_share(sources["web"]), abs=0.15)
 
 

@@ -316,7 +316,7 @@ def test_sliding_perplexity_of_whole_documents(
 ):
     """Against a loop that reads each target with the tokens its window holds."""
     folder, llama = next(iter(models.items()))
-    how = SlidingWindow([256, 512], 128, documents=2, tokens=512)
+    how = SlidingWindow([256, 512], 128, documents=2, tokens=512, bos="document")
     found = evaluate([folder], data[1:], str(tmp_path), ["perplexity"], sliding=how, device="cpu")
     stream = held_out_tokens(data[1])
     begins = (stream == 256).nonzero().flatten().tolist()
@@ -332,6 +332,15 @@ def test_sliding_perplexity_of_whole_documents(
     assert value["token"] == pytest.approx(np.exp(np.mean(nats)), rel=1e-5)
     assert value["bits_per_byte"] == pytest.approx(np.mean(nats) / np.log(2), rel=2e-3)
     assert (tmp_path / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    # the curve of YaRN's script with --truncate: each window reads the beginning of a document
+    how = SlidingWindow([256, 512], 128, documents=2, tokens=512, truncate=True)
+    cut = evaluate([folder], data[1:], str(tmp_path), ["perplexity"], sliding=how, device="cpu")
+    nats = []
+    for row in (stream[begin : begin + 256] for begin in (long[0], long[-1])):
+        logits = llama.logits(reading(row[None]))[0, :-1].log_softmax(-1)
+        nats.append(-logits.gather(1, row[1:, None]))
+    expected = float(torch.cat(nats).mean().exp())
+    assert cut["perplexity"][folder]["long"]["256"]["token"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match=r"no held-out document of short has 4096 tokens; .* has"):
         evaluate([folder], data[:1], str(tmp_path), ["perplexity"], device="cpu")
 

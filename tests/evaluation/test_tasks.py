@@ -305,7 +305,10 @@ def test_fu_mode_puts_the_needle_after_a_sentence(hay, read):
         (place,) = sample.spans
         before = read(sample.prompt_ids[: place.start])
         assert before.endswith(".") or depth in (0, 100)
-        assert read(sample.prompt_ids).endswith("do in San Francisco? Answer:")
+        prompt = read(sample.prompt_ids)
+        # the published script's prompt for models that are not behind an API
+        assert "<|im_start|> This is a very long story book: <book> " in prompt
+        assert prompt.endswith("do in San Francisco? Answer:")
         assert 0 <= first + round((last - first) * depth / 100) - place.start < 60
     assert FU_LENGTHS[:2] == (1000, 4256)
     assert FU_LENGTHS[-1] == 128_000

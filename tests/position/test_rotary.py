@@ -97,6 +97,7 @@ def test_against_transformers(case):
     for length in (context, context + 1):
         expected = theirs(dim, context, length, rope_type="longrope", **rope, **original, **lists)
         close(scheme, dim, expected, length)
+        assert torch.equal(scheme.frequencies(dim, length), expected[0])  # the order of divisions
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -224,6 +225,9 @@ def test_longrope_leaves_the_first_places_alone():
     angles = torch.atan2(*scheme.encode(torch.arange(6)[None], 32)[0].chunk(2, -1)[::-1])
     expected = [0, 1, 2, 3 / 2, 4 / 2, 5 / 2]
     torch.testing.assert_close(angles[:, 0], torch.tensor(expected), atol=1e-6, rtol=0)
+    norms = scheme.encode(torch.arange(6)[None], 32)[0].unflatten(-1, (2, 16)).norm(dim=1)[:, 0]
+    factor = math.sqrt(1 + math.log(4) / math.log(100))  # the authors' code: not for the first n̂
+    torch.testing.assert_close(norms, torch.tensor([1.0] * 3 + [factor] * 3))
 
 
 def test_longrope_needs_a_factor_per_pair():

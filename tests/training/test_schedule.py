@@ -71,9 +71,9 @@ def test_linear_decay_is_transformers_own(final: float):
     ours = WarmupLinear(warmup_steps=10, final=final)
     for step in range(STEPS):
         optimizer.step()
-        if step >= 10:  # theirs begins its warm-up at 0, with an update that does nothing
-            expected = final + (1 - final) * theirs.get_last_lr()[0]
-            assert ours.factor(step, STEPS) == pytest.approx(expected, rel=1e-9)
+        (factor,) = theirs.get_last_lr()  # 0 at the first update
+        expected = factor if step < 10 else final + (1 - final) * factor
+        assert ours.factor(step, STEPS) == pytest.approx(expected, rel=1e-9)
         theirs.step()
 
 
@@ -97,7 +97,7 @@ def test_a_warmup_that_is_negative_or_never_ends_is_refused(kind: type, warmup: 
 @pytest.mark.parametrize(("warmup", "fits"), [(0, True), (0.999, True), (4, True), (5, False)])
 def test_a_warmup_longer_than_the_run_is_refused(warmup: float, fits: bool):
     """It fits just where an update of the run has the peak's learning rate."""
-    run = settings(WarmupLinear(warmup_steps=warmup), Stage(2**40, 256, 256))
+    run = settings(WarmupConstant(warmup_steps=warmup), Stage(2**40, 256, 256))
     assert (max(run.learning_rate_at(step, 4) for step in range(4)) == 1) == fits
     if fits:
         run.check(4)

@@ -121,7 +121,8 @@ class DependencyFilter:
     at_least: float
     """Least score of a document that is kept."""
     window: int = 32768
-    """Tokens within which dependencies are looked for, a multiple of `segment`."""
+    """Tokens within which dependencies are looked for, a multiple of `segment`; documents are read
+    window after window. The authors' code draws 256 segments from the whole document instead."""
     segment: int = 128
     """Tokens per segment."""
     pairs: int = 500

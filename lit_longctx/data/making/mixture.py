@@ -29,8 +29,8 @@ class Upsampling:
 
     mode: Mode = "per_source"
     """none: all lengths and shares as they are; global: fewer short documents, whatever becomes of
-    the shares; per_source: fewer short documents, shares as they are; upsample: all lengths, other
-    shares."""
+    the shares; per_source: fewer short documents, shares as they are; upsample: fewer short
+    documents, other shares (`upsample_code_arxiv_book` of the published code)."""
     threshold: int = 4096
     """Tokens from which a document counts as long (the paper: 4,096)."""
     keep: float = 0.1
@@ -86,8 +86,8 @@ class Upsampling:
         """Documents that one pass over a source keeps, in random order."""
         generator = np.random.default_rng([self.seed, source, number])
         chance = generator.random(len(lengths))
-        by_length = self.mode in ("global", "per_source")
-        kept = (lengths >= self.threshold) | (chance < self.keep) if by_length else chance < 1
+        every = self.mode == "none"
+        kept = chance < 1 if every else (lengths >= self.threshold) | (chance < self.keep)
         return generator.permutation(np.flatnonzero(kept))
 
     def _fill(self, source: int, lengths: np.ndarray, budget: int) -> list[np.ndarray]:

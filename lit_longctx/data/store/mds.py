@@ -37,9 +37,10 @@ DTYPES = {8: "u1", 9: "i1", 16: "u2", 17: "i2", 32: "u4", 33: "i4", 64: "u8", 65
 class MDSWindows:
     """Windows of `length` tokens cut from packed items; [i] gives tokens and where documents start.
 
-    Documents begin at an item's spans (`indices`), or at BOS if it has none. The last target of an
-    item is padding, since no token follows it. An item is 4 bytes per token; a window costs the
-    decoding of its item, about 0.1 ms at 64K.
+    Documents begin at an item's spans (`indices`); without them an item is one document, as in
+    ProLong's training code. Where an item has a `mask`, as ProLong's fine-tuning data, tokens of
+    mask 0 are no targets. The last target of an item is padding, since no token follows it. An item
+    is 4 bytes per token; a window costs the decoding of its item, about 0.1 ms at 64K.
 
     Args:
         folder: Folder or URL with an MDS index.
@@ -64,14 +65,8 @@ class MDSWindows:
         self.content_hash = fingerprint(index)
         self.shards: list[dict[str, Any]] = index["shards"] if split == "train" else []
         self.ends = np.cumsum([shard["samples"] for shard in self.shards], dtype=np.int64)
-        self.bos = tokenizer.bos
         self._maps: Maps | None = None
         first = self._columns(0) if self.shards else {}
-        if self.shards and "indices" not in first and self.bos == tokenizer.eos:
-            raise ValueError(
-                f"{folder} has no column indices that says where documents start, and its "
-                "tokenizer's BOS is its EOS, which does not tell; write the shards with indices"
-            )
         self.item_tokens = len(first["input_ids"]) if self.shards else length
         if not 1 <= length <= self.item_tokens:
             raise ValueError(
@@ -117,6 +112,15 @@ class MDSWindows:
         begin = place * self.length
         return tokens[begin : begin + self.length + 1], starts[begin : begin + self.length + 1]
 
+    def targets(self, index: int) -> np.ndarray | None:
+        """Return which tokens of a window may be targets by the column `mask`, if there is one."""
+        number, place = divmod(index, self.item_tokens // self.length)
+        if (mask := self._columns(number).get("mask")) is None:
+            return None
+        begin = place * self.length
+        found = np.append(np.asarray(mask) != 0, False)
+        return found[begin : begin + self.length + 1]
+
     def document_lengths(self) -> np.ndarray:
         """Refuse: the documents are packed already."""
         raise ValueError(f"{self.folder} is packed already; set packing to concatenate")
@@ -138,7 +142,7 @@ class MDSWindows:
                 starts[begin] = True
         else:
             tokens[:-1] = ids
-            starts[:-1] = ids == self.bos
+            starts[0] = True
         return tokens, starts
 
     def _columns(self, number: int) -> dict[str, np.ndarray]:
@@ -234,7 +238,7 @@ def unpack(source: BufferedReader, target: Path) -> None:
 
 
 def decode(item: bytes, shard: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Return an item's `input_ids` and, if it has them, its `indices`.
+    """Return an item's `input_ids` and, if it has them, its `indices` and `mask`.
 
     An item is the sizes of the columns that have no fixed one (uint32 each), then all columns.
     """
@@ -246,7 +250,7 @@ def decode(item: bytes, shard: dict[str, Any]) -> dict[str, np.ndarray]:
         shard["column_names"], shard["column_encodings"], sizes, strict=True
     ):
         size = fixed or varying.pop(0)
-        if name in ("input_ids", "indices"):
+        if name in ("input_ids", "indices", "mask"):
             found[name] = decode_array(item[at : at + size], encoding)
         at += size
     return found

@@ -32,7 +32,11 @@ class SlidingWindowNats(NamedTuple):
 
 @torch.inference_mode()
 def sliding_window_nats(
-    llama: Llama, ids: Int[np.ndarray, " seq"], window: int, stride: int = 256
+    llama: Llama,
+    ids: Int[np.ndarray, " seq"],
+    window: int,
+    stride: int = 256,
+    bos: int | None = None,
 ) -> SlidingWindowNats:
     """Read a document in windows that move by `stride`; each scores what the last did not see.
 
@@ -41,23 +45,29 @@ def sliding_window_nats(
 
     Args:
         llama: The model.
-        ids: The document, BOS included where the model wants it.
-        window: Most tokens that are read at a time.
+        ids: The document, without BOS if `bos` is given.
+        window: Most tokens that are read at a time, BOS included.
         stride: Tokens by which windows move; `window` for windows that do not overlap.
+        bos: BOS to put before every window of `window` − 1 tokens, as YaRN's eval/perplexity.py
+            does; its first token is a target then too.
     """
-    if len(ids) < 2:
+    begun = [] if bos is None else [bos]
+    if len(ids) + len(begun) < 2:
         raise ValueError(f"a document of {len(ids)} tokens has no target; expected 2 or more")
     if not 1 <= stride <= window:
         raise ValueError(f"stride {stride} must be between 1 and the window of {window} tokens")
     tokens = torch.from_numpy(ids.astype(np.int64)).to(llama.head_weight.device)
+    prefix = tokens.new_tensor(begun)
     means, targets = [], []
     seen = 0
     for begin in range(0, len(ids), stride):
-        end = min(begin + window, len(ids))
-        first = max(seen, begin + 1)  # the first token of a window has nothing before it
-        batch = reading(tokens[None, begin:end])
+        end = min(begin + window - len(begun), len(ids))
+        # without a BOS before it, the first token of a window is no target
+        first = max(seen, begin + 1 - len(begun))
+        batch = reading(torch.cat([prefix, tokens[begin:end]])[None])
         labels = torch.full_like(batch.labels, NO_TARGET)
-        labels[0, first - begin - 1 : end - begin - 1] = tokens[first:end]
+        row = slice(first - begin + len(begun) - 1, end - begin + len(begun) - 1)
+        labels[0, row] = tokens[first:end]
         if end > first:
             nats = llama(batch._replace(labels=labels))
             means.append(float(nats.double().sum()) / (end - first))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from itertools import product
 from math import log
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,6 +32,12 @@ class SlidingWindow:
     """Held-out documents of each source, spread evenly over those that are long enough."""
     tokens: int | None = None
     """Each document is cut to so many tokens, BOS included; default: the largest window."""
+    bos: Literal["window", "document"] = "window"
+    """Where BOS stands, if the data's tokenizer adds one: before every window, as in YaRN's
+    published script, or before the document alone."""
+    truncate: bool = False
+    """Cut documents to each window, which then reads them at once: the curves of YaRN's script with
+    --truncate, all in one run. `stride` counts for nothing."""
 
     def __post_init__(self) -> None:
         if not self.windows or self.documents < 1 or not 1 <= self.stride <= min(self.windows):
@@ -68,9 +74,10 @@ class SlidingWindowPerplexity(Measure):
                 "source": name,
                 "data": source.manifest.hash,
                 "begin": begin,
-                "tokens": self.how.length,
+                "tokens": window if self.how.truncate else self.how.length,
                 "window": window,
-                "stride": self.how.stride,
+                "stride": window if self.how.truncate else self.how.stride,
+                "bos": self.how.bos,
             }
             for name, source in self.sources.items()
             for begin, window in product(self._places(name), self.how.windows)
@@ -93,7 +100,12 @@ class SlidingWindowPerplexity(Measure):
         source = self.sources[item["source"]]
         ids = source.read(item["begin"], item["begin"] + item["tokens"])
         text = open_tokenizer(str(source.tokenizer_folder)).decode(ids[1:].tolist())
-        found = sliding_window_nats(llama, ids, item["window"], item["stride"])
+        window, stride = item["window"], item["stride"]
+        if item["bos"] == "window" and source.tokenizer.add_bos:
+            stride = min(stride, window - 1)
+            found = sliding_window_nats(llama, ids[1:], window, stride, bos=int(ids[0]))
+        else:
+            found = sliding_window_nats(llama, ids, window, stride)
         return {**found._asdict(), "bytes": len(text.encode())}
 
     def report(self, values: dict[str, list[Any]], trained: int) -> Section:

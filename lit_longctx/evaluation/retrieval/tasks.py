@@ -126,8 +126,9 @@ class Needle(Task):
 
     mode: Literal["exact", "fu"] = "exact"
     """`exact`: depth exact to the token, the question begins the answer, the secret must come
-    whole. `fu`: the needle follows a sentence, the model answers freely, and its score is the share
-    of 12 words found, 11/12 at best since one stands twice."""
+    whole. `fu`: as their script, with its prefix `<|im_start|>`: the needle follows a sentence, the
+    model answers freely, and its score is the share of 12 words found, 11/12 at best since one
+    stands twice."""
     max_new_tokens: int = 50
     """Tokens that a generated answer may have."""
 
@@ -145,7 +146,7 @@ class Needle(Task):
         return hide(
             hay,
             length,
-            "This is a very long story book: <book> ",
+            "<|im_start|> " * fu + "This is a very long story book: <book> ",
             [Hidden(depth, f"\n{begun} {secret}\n")],
             " </book>.\n Based on the content of the book, Question: "
             + (question if fu else f"{question} {begun}"),
