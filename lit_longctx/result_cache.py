@@ -73,8 +73,7 @@ class ResultCache:
     def add(self, key: CacheKey, value: Any) -> None:
         """Keep a value; it is on the disk when this returns."""
         line = json.dumps({"of": key, "value": value}, allow_nan=False).encode()
-        line = _sealed(line) + b"
-"
+        line = _sealed(line) + b"\n"
         end = self.file.seek(0, os.SEEK_END)
         try:
             if self.file.write(line) < len(line):

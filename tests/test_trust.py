@@ -138,7 +138,12 @@ def test_a_checkpoint_names_no_file_outside_of_itself(outside, step, tmp_path):
         load_pretrained(step)
 
 
-@pytest.mark.parametrize("alter", [alter_metadata, alter_value, move_value])
+def alter_loop(step: Path, trace: Path) -> None:
+    torch.save({"loops": Payload(trace)}, step / "meta.pt")
+    seal(step)
+
+
+@pytest.mark.parametrize("alter", [alter_metadata, alter_value, move_value, alter_loop])
 def test_pickles_of_a_checkpoint_run_nothing(alter, step, tmp_path):
     alter(step, tmp_path / "trace")
     with pytest.raises(ValueError, match=r"names|holds more than values"):

@@ -11,6 +11,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from lit_longctx.manifest import check_inside
 
+LOOP = "meta.pt"
+"""File in which Lightning keeps what is no tensor: of loop, callbacks and data."""
 METADATA = "torch.distributed.checkpoint.metadata"
 ALLOWED = {
     *((METADATA, name) for name in ("Metadata", "StorageMeta", "MetadataIndex")),
@@ -46,7 +48,8 @@ def check_pickles(folder: Path) -> None:
     """Refuse a distributed checkpoint whose pickles name more than torch's own metadata.
 
     Raises:
-        ValueError: What `.metadata` or a pickled value (settings of the optimizer) names besides.
+        ValueError: What `.metadata`, a pickled value (settings of the optimizer) or `meta.pt` names
+            besides; a value that is in no file of the folder.
     """
     file = folder / ".metadata"
     try:
@@ -61,6 +64,8 @@ def check_pickles(folder: Path) -> None:
             with file.open("rb") as stored:
                 stored.seek(info.offset)
                 torch.load(io.BytesIO(stored.read(info.length)), weights_only=True)
+        if (file := folder / LOOP).is_file():
+            torch.load(file, weights_only=True)
     except ValueError as error:
         raise ValueError(f"{file} {error}; do not use a checkpoint you do not trust") from None
     except (pickle.UnpicklingError, AttributeError, KeyError, EOFError, OSError) as error:
