@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_longctx.batch import StepBatch
 from lit_longctx.checkpoint import Checkpoint
-from lit_longctx.data.sampling.data_description import TrainingData, describe_data
 from lit_longctx.checkpoint.companions import keep, keep_tokenizer
+from lit_longctx.data.sampling.data_description import TrainingData, describe_data
 from lit_longctx.progress import EVERY, Heartbeat, TimeLeft
 from lit_longctx.training.module import LanguageModule
 from lit_longctx.training.run_lock import RunLock

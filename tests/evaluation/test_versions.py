@@ -24,8 +24,8 @@ from lit_longctx.evaluation import candidates
 from lit_longctx.evaluation.loss.held_out import HeldOutLoss
 from lit_longctx.evaluation.loss.sliding import SlidingWindow, SlidingWindowPerplexity
 from lit_longctx.evaluation.retrieval.answers import Answers
-from lit_longctx.evaluation.retrieval.probes import TASKS
 from lit_longctx.evaluation.retrieval.prompts import Haystack
+from lit_longctx.evaluation.retrieval.registry import TASKS
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 
