@@ -8,12 +8,13 @@ and last in it its own.
 import hashlib
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from lit_longctx.progress import say
+from lit_longctx.temporaries import beside, held, remove, remove_dead
 
 NAME = "manifest.json"
 
@@ -40,16 +41,13 @@ def files_of(folder: Path) -> list[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file in one step: readers see the old text or the new."""
-    beside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    beside.write_text(text)
-    flush(beside)
-    beside.replace(path)
+    remove_dead(path)
+    temporary = beside(path)
+    temporary.write_text(text)
+    with held(temporary):
+        flush(temporary)
+        temporary.replace(path)
     flush(path.parent)
-
-
-def beside(target: Path) -> Path:
-    """Name of a temporary folder next to `target`, on the same file system."""
-    return target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
 
 
 def seal(folder: Path, hashes: dict[str, str], **content: Any) -> None:
@@ -81,19 +79,58 @@ def publish(temporary: Path, target: Path) -> None:
     flush(target.parent)
 
 
+def whole_folder(target: Path) -> AbstractContextManager[Path]:
+    """Yield a temporary folder that becomes `target` if the block succeeds, and vanishes if not.
+
+    What earlier runs that were killed left beside `target` is removed; what others may be writing
+    there is named.
+    """
+    return _whole(target, "folder", Path.mkdir)
+
+
+def whole_file(target: Path) -> AbstractContextManager[Path]:
+    """Yield an empty file that becomes `target` if the block succeeds; see `whole_folder`."""
+    return _whole(target, "file", Path.touch)
+
+
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target` if the block succeeds, and vanishes if not."""
+def _whole(target: Path, kind: str, make: Callable[[Path], None]) -> Iterator[Path]:
     if target.exists():
-        raise ValueError(f"{target} exists already; choose another folder or remove it")
+        raise ValueError(f"{target} exists already; choose another {kind} or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for lines in remove_dead(target):
+        for line in lines:
+            say(line)
+    temporary = beside(target)
+    make(temporary)
+    try:
+        with held(temporary):
+            yield temporary
+            publish(temporary, target)
+    finally:
+        remove(temporary)
+
+
+@contextmanager
+def sealed_copy(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is sealed and takes the place of `target`.
+
+    A `target` of the same content stays as it is, so that those who read it find it at any time.
+    """
+    remove_dead(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(target)
     temporary.mkdir()
     try:
-        yield temporary
-        publish(temporary, target)
+        with held(temporary):
+            yield temporary
+            seal(temporary, hash_files(temporary))
+            new, old = (temporary / NAME).read_bytes(), target / NAME
+            if not (old.is_file() and old.read_bytes() == new and fault(target) is None):
+                remove(target)
+                publish(temporary, target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -110,15 +147,25 @@ def read(folder: Path) -> dict[str, Any]:
         raise torn
     if _signed(content).encode() != text:
         raise torn
-    for name in content.get("files", {}):
+    files = content.get("files", {})
+    if not isinstance(files, dict) or not all(map(_describes_a_file, files.values())):
+        raise torn
+    for name in files:
         check_inside(folder / NAME, name)
     return content
 
 
-def check_inside(listed: Path | str, name: str) -> None:
-    """Refuse a name in `listed` that leads out of its folder."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
+def _describes_a_file(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int)
+
+
+def check_inside(listed: Path | str, name: Any) -> None:
+    """Refuse the name of a file, read from `listed`, that is none or leads out of its folder.
+
+    Every name that comes with a folder passes here before a file is opened or written by it.
+    """
+    path = PurePosixPath(name if isinstance(name, str) else "")
+    if path.is_absolute() or ".." in path.parts or not path.parts or {"\\", "\0"} & set(name):
         raise ValueError(f"{listed} lists a file outside of itself, {name}; do not trust it")
 
 
@@ -145,10 +192,58 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
     return manifest
 
 
+def fault(folder: Path) -> str | None:
+    """Return what is wrong with a folder's files, None if nothing is."""
+    try:
+        verify(folder)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def verify_sizes(folder: Path, hashed: Collection[str] = ()) -> None:
     """Check that a folder's files are there and as large as they were; some by their hash too."""
     for name, expected in read(folder)["files"].items():
         check_file(folder, name, expected, name in hashed)
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether a folder has a manifest of ours; other programs have files of that name too."""
+    try:
+        text = (folder / NAME).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return b'"sha256"' in text or b'"files"' in text  # both, unless it is torn
+
+
+def check_listed(folder: Path, names: Collection[str]) -> None:
+    """Compare files with the manifest that lists them: their folder's or the one's above it.
+
+    Names that are in no manifest are not compared: not every folder has one.
+
+    Raises:
+        ValueError: A file is missing, torn or altered.
+    """
+    for place, below in ((folder, ""), (folder.parent, f"{folder.name}/")):
+        if not is_sealed(place):
+            continue
+        files = read(place)["files"]
+        for name in names:
+            if (listed := f"{below}{name}") in files:
+                _check_kept(place, listed, files[listed])
+
+
+def _check_kept(folder: Path, name: str, expected: dict[str, Any], hashed: bool = True) -> None:
+    """Like `check_file`, of folders that users may edit: says what to do if they did."""
+    try:
+        check_file(folder, name, expected, hashed)
+    except ValueError as error:
+        raise ValueError(f"{error}; {kept_otherwise(folder)}") from None
+
+
+def kept_otherwise(folder: Path) -> str:
+    """What to do about a fault in a folder that users may edit."""
+    return f"copy it again, or, if you changed it yourself, remove {folder / NAME}"
 
 
 def short_hash(content: Any) -> str:
@@ -158,7 +253,7 @@ def short_hash(content: Any) -> str:
 
 def identity(folder: Path) -> str:
     """Short hash of what a folder holds: of its manifest, or of its files' sizes and times."""
-    if (folder / NAME).is_file():
+    if is_sealed(folder):
         return short_hash(read(folder))
     files = [(p.name, p.stat()) for p in sorted(folder.iterdir()) if p.is_file()]
     return short_hash([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])

@@ -1,6 +1,7 @@
 """Values that are dear to get: kept a line at a time, so that work that was stopped goes on."""
 
 import fcntl
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -13,8 +14,9 @@ CacheKey = dict[str, Any]
 class ResultCache:
     """Values by what decides them, a line of a file each, on the disk before they are used.
 
-    What anything else decides is not found, and got anew. A line torn by a stop is dropped. One
-    process at a time. Costs an fsync per value.
+    What anything else decides is not found, and got anew. A line torn by a stop is dropped; one
+    that is not as it was written, by its hash, is refused. One process at a time. Costs an fsync
+    per value.
 
     Args:
         path: The file; made with its folder if it is not there.
@@ -52,11 +54,12 @@ class ResultCache:
         self.file.truncate(whole)
         for number, line in enumerate(content[:whole].splitlines(), 1):
             try:
-                entry = json.loads(line)
-                self.values[_key(entry["of"])] = entry["value"]
-            except (ValueError, KeyError, TypeError):
+                key, value = _read(line)
+                self.values[_key(key)] = value
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(
-                    f"{self.path} is altered: line {number} holds no value; remove that line"
+                    f"{self.path} is altered: line {number} holds no value, or not the one that "
+                    "was written; remove that line"
                 ) from None
 
     def __contains__(self, key: CacheKey) -> bool:
@@ -69,7 +72,8 @@ class ResultCache:
 
     def add(self, key: CacheKey, value: Any) -> None:
         """Keep a value; it is on the disk when this returns."""
-        line = json.dumps({"of": key, "value": value}, allow_nan=False).encode() + b"\n"
+        line = json.dumps({"of": key, "value": value}, allow_nan=False).encode()
+        line = _sealed(line) + b"\n"
         end = self.file.seek(0, os.SEEK_END)
         try:
             if self.file.write(line) < len(line):
@@ -79,6 +83,24 @@ class ResultCache:
             self.file.truncate(end)  # else the next value would stand behind half a line
             raise
         self.values[_key(key)] = value
+
+
+HASH = b', "sha256": "'
+"""Stands in a line between an object and the hash of what is before it."""
+
+
+def _sealed(line: bytes) -> bytes:
+    """Add to a JSON object, as its last entry, the hash of the text before that."""
+    begun = line.removesuffix(b"}")
+    return begun + HASH + hashlib.sha256(begun).hexdigest()[:16].encode() + b'"}'
+
+
+def _read(line: bytes) -> tuple[CacheKey, Any]:
+    """Return what decides a line's value, and the value; older versions wrote no hash."""
+    entry: dict[str, Any] = json.loads(line)
+    if entry.keys() != {"of", "value"} and line != _sealed(line.rpartition(HASH)[0] + b"}"):
+        raise ValueError("altered")
+    return entry["of"], entry["value"]
 
 
 def _key(key: CacheKey) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lit_longctx import manifest
 from lit_longctx.checkpoint import export_pretrained, load_pretrained, open_checkpoint, parameters
 from lit_longctx.data.making.prepare import prepare
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer
@@ -85,7 +86,7 @@ def test_folders_that_transformers_wrote(tmp_path, kind, shards):
 
 
 def test_version_4_config_is_read(tmp_path):
-    export_pretrained(tiny(theta=1e6), tmp_path / "out")
+    unsealed(export_pretrained(tiny(theta=1e6), tmp_path / "out"))
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e6
@@ -114,8 +115,14 @@ def test_weights_are_stored_in_the_dtype_asked_for(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def unsealed(folder):
+    """A folder as other programs write it, without our manifest: its files may be changed."""
+    (folder / manifest.NAME).unlink(missing_ok=True)
+    return folder
+
+
 def edit(folder, **changes):
-    file = folder / "config.json"
+    file = unsealed(folder) / "config.json"
     config = {**json.loads(file.read_text()), **changes}
     file.write_text(json.dumps(config))
 
@@ -141,7 +148,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, changes, message):
 
 def test_torn_and_missing_files_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(parameters, "SHARD_BYTES", 30_000)
-    folder = export_pretrained(tiny(), tmp_path / "out")
+    folder = unsealed(export_pretrained(tiny(), tmp_path / "out"))
     shard = sorted(folder.glob("*.safetensors"))[1]
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
@@ -163,7 +170,7 @@ def test_torn_and_missing_files_are_named(tmp_path, monkeypatch):
 
 
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
-    folder = export_pretrained(tiny(), tmp_path / "out")
+    folder = unsealed(export_pretrained(tiny(), tmp_path / "out"))
     save_file({"x": torch.zeros(1)}, tmp_path / "elsewhere.safetensors")
     index = {"weight_map": {"x": "../elsewhere.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

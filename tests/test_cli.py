@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from training import runs
 
 from lit_longctx import manifest
-from lit_longctx.checkpoint import export_pretrained, load_pretrained
+from lit_longctx.checkpoint import export_pretrained
 from lit_longctx.cli import VERBS
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
@@ -319,11 +320,11 @@ def test_a_bad_start_is_refused(damage: str, hugging_face: Path, tmp_path: Path)
         weights.write_bytes(weights.read_bytes()[:-100])
         expected = f"{weights} is torn"
     else:
-        llama = load_pretrained(hugging_face)
-        torch.nn.init.constant_(llama.model.norm.weight, float("nan"))
-        shutil.rmtree(hugging_face)
-        export_pretrained(llama, hugging_face)
-        expected = "step 0: loss nan"
+        found = load_file(weights)
+        found["model.norm.weight"].fill_(float("nan"))
+        save_file(found, weights)
+        (hugging_face / manifest.NAME).unlink()
+        expected = f"{hugging_face}: model.norm.weight (1 weights) holds NaN"
     assert error(start_from(hugging_face, tmp_path / "run")).startswith(expected)
     assert not (tmp_path / "run" / "checkpoints").exists()
 

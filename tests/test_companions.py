@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_checkpoint import unsealed
 from test_cli import start_from
 from training import runs, test_sft
 
@@ -48,6 +49,7 @@ def instruct(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in llama.parameters():
             parameter.normal_(0.0, 0.3)
     folder = export_pretrained(llama, tmp_path_factory.mktemp("start") / "hf", ByteTokenizer())
+    unsealed(folder)
     for name, content in EXTRAS.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content)

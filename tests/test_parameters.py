@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoint import edit, tiny
+from test_checkpoint import edit, tiny, unsealed
 
 from lit_longctx.checkpoint import export_pretrained, load_pretrained, parameters
 from lit_longctx.decoding import reading
@@ -17,7 +17,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 def rewrite(folder, change):
     """Change the tensors of a single file."""
-    weights = load_file(folder / "model.safetensors")
+    weights = load_file(unsealed(folder) / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -85,7 +85,7 @@ def test_weights_that_are_no_plain_numbers_are_refused(tmp_path, dtype):
 def test_shards_without_their_index_ask_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(parameters, "SHARD_BYTES", 30_000)
     folder = export_pretrained(tiny(), tmp_path / "out")
-    (folder / "model.safetensors.index.json").unlink()
+    (unsealed(folder) / "model.safetensors.index.json").unlink()
     message = r"holds model-00001-of-.* but no model.safetensors.index.json, which says what"
     with pytest.raises(ValueError, match=message):
         load_pretrained(folder)

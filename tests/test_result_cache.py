@@ -1,6 +1,8 @@
 """Values that are kept as they come, through stops, full disks and a second process."""
 
+import hashlib
 import json
+import random
 
 import pytest
 
@@ -14,7 +16,10 @@ def test_a_value_is_on_the_disk_before_it_is_used(tmp_path, monkeypatch):
     with ResultCache(path) as values:
         values.add({"a": 1}, [0.1, "\ud800 ü\n"])
         (line,) = flushed
-        assert json.loads(line) == {"of": {"a": 1}, "value": [0.1, "\ud800 ü\n"]}
+        told = json.loads(line)
+        begun = line.rpartition(b', "sha256": ')[0]
+        assert told.pop("sha256") == hashlib.sha256(begun).hexdigest()[:16]
+        assert told == {"of": {"a": 1}, "value": [0.1, "\ud800 ü\n"]}
         assert values[{"a": 1}] == [0.1, "\ud800 ü\n"]
 
 
@@ -69,5 +74,32 @@ def test_two_runs_cannot_keep_one_file(tmp_path):
 
 def test_an_altered_file_is_refused(tmp_path):
     (tmp_path / "x").write_text('{"of": {}, "value": 1}\n[]\n')
-    with pytest.raises(ValueError, match=r"x is altered: line 2 holds no value; remove that line"):
+    with pytest.raises(ValueError, match=r"x is altered: line 2 holds no value, .* remove that"):
         ResultCache(tmp_path / "x")
+
+
+def test_no_flipped_bit_changes_a_value(tmp_path):
+    """Refused, or, where the last line loses its end, got anew as after a stop."""
+    path = tmp_path / "x"
+    with ResultCache(path) as values:
+        for i in range(4):
+            values.add({"task": "needle", "seed": i}, {"exact": 1.0, "nats": 0.1 + i})
+        expected = dict(values.values)
+    whole = path.read_bytes()
+    for at in (*range(0, len(whole) - 1, 3), len(whole) - 1):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << random.Random(at).randrange(8)
+        path.write_bytes(flipped)
+        if at < len(whole) - 1:
+            with pytest.raises(ValueError, match="is altered: line"):
+                ResultCache(path)
+        else:
+            with ResultCache(path) as values:
+                assert values.values.items() < expected.items()
+
+
+def test_lines_of_older_versions_are_read(tmp_path):
+    """Replies that were paid for, say; their files had no hashes."""
+    (tmp_path / "x").write_text('{"of": {"a": 1}, "value": 2}\n')
+    with ResultCache(tmp_path / "x") as values:
+        assert values[{"a": 1}] == 2

@@ -116,7 +116,34 @@ def alter_value(step: Path, trace: Path) -> None:
     seal(step)
 
 
-@pytest.mark.parametrize("alter", [alter_metadata, alter_value])
+def move_value(step: Path, trace: Path, place: str = "below/values") -> None:
+    """Name a file in another folder than the harmless one of the same name."""
+    metadata = FileSystemReader(step).read_metadata()
+    entries = metadata.state_dict_metadata
+    name = next(n for n, e in entries.items() if isinstance(e, BytesStorageMetadata))
+    info = metadata.storage_data[MetadataIndex(name)]
+    (step / place).parent.mkdir(exist_ok=True)
+    torch.save(Payload(trace), step / place)
+    torch.save(1.0, step / Path(place).name)
+    info.relative_path, info.offset = place, 0
+    info.length = (step / place).stat().st_size
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+    seal(step)
+
+
+@pytest.mark.parametrize("outside", ["../values", "{}/values"])
+def test_a_checkpoint_names_no_file_outside_of_itself(outside, step, tmp_path):
+    move_value(step, tmp_path / "trace", outside.format(tmp_path))
+    with pytest.raises(ValueError, match=r"\.metadata .* lists a file outside of itself"):
+        load_pretrained(step)
+
+
+def alter_loop(step: Path, trace: Path) -> None:
+    torch.save({"loops": Payload(trace)}, step / "meta.pt")
+    seal(step)
+
+
+@pytest.mark.parametrize("alter", [alter_metadata, alter_value, move_value, alter_loop])
 def test_pickles_of_a_checkpoint_run_nothing(alter, step, tmp_path):
     alter(step, tmp_path / "trace")
     with pytest.raises(ValueError, match=r"names|holds more than values"):

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_longctx import manifest
+from lit_longctx.json_file import read_object
+
 CHAT_TEMPLATE = "chat_template.jinja"
 """File beside a tokenizer that says how its model wants to be talked to."""
 MORE_TEMPLATES = "additional_chat_templates"
@@ -48,6 +51,17 @@ class Companions:
         start, data = run / START, run / TOKENIZER
         return Companions(start if start.is_dir() else None, data if data.is_dir() else None)
 
+    @staticmethod
+    def check(run: Path) -> None:
+        """Compare what a run folder keeps of its start and its data with its hashes.
+
+        Raises:
+            ValueError: A file is missing, torn or altered.
+        """
+        for folder in (run / START, run / TOKENIZER):
+            if manifest.is_sealed(folder):
+                manifest.check_listed(folder, manifest.read(folder)["files"])
+
     @property
     def tokenizer(self) -> Path | None:
         """Folder of the tokenizer files that go with the model: the start's, else the data's."""
@@ -78,6 +92,8 @@ class Companions:
         ends = list_of(own.get("eos_token_id", tokens.get("eos_token_id")))
         told_by = [_read(folder, GENERATION) for folder in (self.data, self.given)]
         chats = [end for each in told_by for end in list_of(each.get("eos_token_id"))]
+        if broken := next((end for end in [*ends, *chats] if type(end) is not int), None):
+            raise ValueError(f"{GENERATION} beside the model: eos_token_id {broken!r} is no id")
         if new := [end for end in chats if end not in ends]:
             # without a start's, sorted: no order means anything
             ends = [*ends, *new] if told else sorted([*ends, *new])
@@ -88,31 +104,49 @@ class Companions:
         """Copy the tokenizer, unless told not to, and the chat template into a folder."""
         if tokenizer and (found := self.given or self.tokenizer):
             copy_tokenizer(found, folder)
-        if self.chat_template:
-            shutil.copyfile(self.chat_template, folder / CHAT_TEMPLATE)
+        if template := self.chat_template:
+            manifest.check_listed(template.parent, [CHAT_TEMPLATE])
+            shutil.copyfile(template, folder / CHAT_TEMPLATE)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a tokenizer's files; ValueError if the source has none."""
-    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    """Copy a tokenizer's files, compared with their hashes where a manifest lists them.
+
+    Raises:
+        ValueError: The source has none, or one is altered.
+    """
+    more = sorted(f for f in (source / MORE_TEMPLATES).glob("*") if f.is_file())
+    names = [*TOKENIZER_FILES, *(f"{MORE_TEMPLATES}/{file.name}" for file in more)]
+    found = [name for name in names if (source / name).is_file()]
     if not found:
         raise ValueError(f"{source} holds none of {', '.join(TOKENIZER_FILES)}")
-    for file in found:
-        shutil.copyfile(file, folder / file.name)
-    if (source / MORE_TEMPLATES).is_dir():
-        shutil.copytree(source / MORE_TEMPLATES, folder / MORE_TEMPLATES, dirs_exist_ok=True)
+    manifest.check_listed(source, names)
+    for name in found:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
 
 
 def keep(companions: Companions, tokens: dict[str, Any], run: Path) -> None:
-    """Copy a start's companions into a run folder, so that the run is whole by itself."""
-    folder = run / START
-    folder.mkdir(parents=True, exist_ok=True)
-    companions.write(folder)
-    for name, content in (
-        (GENERATION, companions.generation(tokens)),
-        ("config.json", tokens),
-    ):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    """Copy a start's companions into a run folder, sealed, so that the run is whole by itself."""
+    with manifest.sealed_copy(run / START) as folder:
+        companions.write(folder)
+        for name, content in (
+            (GENERATION, companions.generation(tokens)),
+            ("config.json", tokens),
+        ):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def keep_tokenizer(source: Path, run: Path) -> None:
+    """Copy the tokenizer of a run's data into its folder, sealed.
+
+    Args:
+        source: The tokenizer's folder, whose files have been compared with their hashes.
+        run: The run folder.
+    """
+    with manifest.sealed_copy(run / TOKENIZER) as folder:
+        without = shutil.ignore_patterns(manifest.NAME)
+        shutil.copytree(source, folder, ignore=without, dirs_exist_ok=True)
 
 
 def list_of(ids: int | Sequence[int] | None) -> list[int]:
@@ -126,4 +160,4 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def _read(folder: Path | None, name: str) -> dict[str, Any]:
     file = folder and folder / name
-    return json.loads(file.read_text()) if file and file.is_file() else {}
+    return read_object(file) if file and file.is_file() else {}

@@ -1,11 +1,13 @@
 """The model as a run's checkpoint describes it: config, position schemes, trained context."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lit_longctx.checkpoint.trust import scheme_named
+from lit_longctx.checkpoint.trust import Untrusted, scheme_named
+from lit_longctx.json_file import error_text, read_object
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.model.layers import LayerKind, Layers
 from lit_longctx.position import PositionScheme
@@ -48,6 +50,30 @@ def scaled_alike(origin: dict[str, Any], layers: Layers) -> bool:
     told, now = origin["position"], describe_position(layers.position)
     factors = [scheme["init_args"].get("factor") for scheme in (told, now)]
     return told["class_path"] == now["class_path"] and factors[0] == factors[1]
+
+
+def read_model(
+    file: Path,
+) -> tuple[LlamaConfig, Layers, dict[str, Any] | None, int | None]:
+    """Return what MODEL describes: config, layers, what the run started from, trained context.
+
+    Raises:
+        ValueError: It describes no model; the file is named.
+    """
+    description = read_object(file)
+    try:
+        config = LlamaConfig(**description["config"])
+        layers = read_layers(description, config)
+        for kind in layers.kinds:
+            kind.position.check(config.head_width)
+        origin, context = description.get("started_from"), description["context"]
+        if not isinstance(origin, dict | None) or not isinstance(context, int | None):
+            raise ValueError("started_from and context describe no start")
+    except Untrusted:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} describes no model: {error_text(error)}") from None
+    return config, layers, origin, context
 
 
 def read_layers(description: dict[str, Any], config: LlamaConfig) -> Layers:

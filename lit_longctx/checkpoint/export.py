@@ -27,7 +27,8 @@ def export_pretrained(
     """Write a Hugging Face folder that transformers 4 and 5 read as the same model.
 
     Tokenizer, chat template, special tokens and generation config are those of the checkpoint that
-    the model was loaded from, and of its start before that.
+    the model was loaded from, and of its start before that. The files' hashes stand in
+    manifest.json, which loading compares.
 
     Args:
         llama: The model; sharded parameters are gathered one at a time.
@@ -39,7 +40,8 @@ def export_pretrained(
         dtype: Of the stored weights.
 
     Raises:
-        ValueError: for a position scheme that Hugging Face cannot represent.
+        ValueError: for a position scheme that Hugging Face cannot represent, and for weights that
+            are no finite numbers in `dtype`.
     """
     start: Checkpoint | None = llama.start
     if start and not start.path.is_dir():
@@ -62,6 +64,7 @@ def export_pretrained(
         hugging_face.compare_with_transformers(temporary, llama)
         for line in readers.check(config):
             say(f"{folder}: {line}")
+        manifest.seal(temporary, manifest.hash_files(temporary))
     return Path(folder)
 
 

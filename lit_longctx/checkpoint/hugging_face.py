@@ -1,6 +1,5 @@
 """config.json ↔ LlamaConfig and position scheme: what Hugging Face can say of a Llama."""
 
-import json
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from math import isclose
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from lit_longctx.checkpoint.rope_config import read_position, rope_keys
+from lit_longctx.json_file import error_text, read_object
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import PositionScheme, Rotary
 from lit_longctx.position.scheme import KEEP_THE_RUN
@@ -19,10 +19,7 @@ from lit_longctx.position.scheme import KEEP_THE_RUN
 
 def read_config(folder: Path) -> tuple[LlamaConfig, PositionScheme]:
     """Read config.json; refuses by name whatever would make another model of it than it is."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'} is no JSON: {error}") from None
+    config = read_object(folder / "config.json")
     expected = {"model_type": "llama", "hidden_act": "silu", "mlp_bias": False}
     for key, value in expected.items():
         if config.get(key, value) != value:
@@ -30,15 +27,13 @@ def read_config(folder: Path) -> tuple[LlamaConfig, PositionScheme]:
     known = {f.name for f in fields(LlamaConfig)}
     given = {k: v for k, v in config.items() if k in known and v is not None}
     for key in ("bos_token_id", "eos_token_id"):
-        if isinstance(
-            given.get(key), list
-        ):  # Llama 3.1 lists several ends; the first is the text's
-            given[key] = given[key][0]
+        if isinstance(given.get(key), list):  # Llama 3.1 has several ends; the text's is the first
+            given[key] = next(iter(given[key]), None)
     try:
         shape, position = LlamaConfig(**given), read_position(config)
         position.check(shape.head_width)
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}/config.json: {error}") from None
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{folder}/config.json: {error_text(error)}") from None
     return shape, position
 
 

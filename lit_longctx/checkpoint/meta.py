@@ -4,13 +4,15 @@ Their rotary pairs are neighbours (2i, 2i + 1); ours, like Hugging Face's, are h
 The rows of wq and wk are permuted once, on the way in.
 """
 
-import json
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from lit_longctx.json_file import error_text, read_object
 from lit_longctx.model import LlamaConfig
 from lit_longctx.position import Llama3, PositionScheme, RoPE
 
@@ -40,13 +42,33 @@ def parts(folder: Path) -> list[dict[str, Tensor]]:
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files:
         raise ValueError(f"{folder} has {PARAMS} but no consolidated.*.pth beside it")
-    return [torch.load(f, map_location="cpu", mmap=True, weights_only=True) for f in files]
+    return [_opened(file) for file in files]
+
+
+def _opened(file: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, OSError, EOFError, UnpicklingError, ValueError, KeyError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} is torn, or holds more than tensors: {line}") from None
+    if not isinstance(found, dict) or not all(isinstance(w, Tensor) for w in found.values()):
+        raise ValueError(f"{file} holds no tensors by name; expected Meta's weights")
+    return found
 
 
 def read_params(folder: Path) -> tuple[LlamaConfig, PositionScheme]:
     """Return config and scheme of params.json; widths it leaves open come from the weights."""
-    params = json.loads((folder / PARAMS).read_text())
+    params = read_object(folder / PARAMS)
     weights = parts(folder)
+    try:
+        return _described(params, weights)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{folder / PARAMS}: {error_text(error)}") from None
+
+
+def _described(
+    params: dict[str, Any], weights: list[dict[str, Tensor]]
+) -> tuple[LlamaConfig, PositionScheme]:
     hidden = sum(p["layers.0.feed_forward.w1.weight"].shape[0] for p in weights)
     heads = params["n_heads"]
     theta = float(params.get("rope_theta", 10_000.0))

@@ -1,6 +1,5 @@
 """Open a model folder once: its config, layers, context, tokenizer and what lies beside them."""
 
-import json
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from lit_longctx import hub, manifest
 from lit_longctx.checkpoint import hugging_face, meta, parameters
 from lit_longctx.checkpoint.companions import TOKENIZER, Companions, list_of
-from lit_longctx.checkpoint.description import MODEL, read_layers, scaled_alike
+from lit_longctx.checkpoint.description import MODEL, read_model, scaled_alike
 from lit_longctx.checkpoint.trust import Untrusted, trusting
 from lit_longctx.checkpoint.verification import fault_in, newest_whole, offer_whole, steps_of
 from lit_longctx.model import Llama, LlamaConfig, layers_of
@@ -129,14 +128,16 @@ class Checkpoint:
             ValueError: A file is torn or altered; where the checkpoint was named, the newest whole
                 one beside it is named too.
         """
-        if self.hashed or not (self.path / manifest.NAME).is_file():
+        if self.hashed or not manifest.is_sealed(self.path):
             return self
         if self.run is not None:
             path = newest_whole(self.run)
             opened = self if path == self.path else _opened(path)
             return replace(opened, run=self.run, hashed=True)
         if fault := fault_in(self.path):
-            raise ValueError(f"{fault}; {offer_whole(self.path)}")
+            ours = (self.path / MODEL).is_file() or self.path.name.startswith("step-")
+            cure = offer_whole(self.path) if ours else manifest.kept_otherwise(self.path)
+            raise ValueError(f"{fault}; {cure}")
         return replace(self, hashed=True)
 
     def load(
@@ -194,6 +195,7 @@ def _found(folder: str | Path) -> Checkpoint:
         path = hub.folder(str(folder), hub.MODEL_FILES)
         say(f"{folder}: {path}")
     if path.is_dir() and path.name.startswith("step-"):
+        Companions.check(path.parent.parent)
         try:
             return _opened(path)
         except ValueError as error:
@@ -207,6 +209,7 @@ def _found(folder: str | Path) -> Checkpoint:
             f"{path} holds neither config.json nor checkpoints; expected a Hugging Face or run "
             "folder"
         )
+    Companions.check(path)
     run = path / "checkpoints"
     for step in steps_of(run):
         try:
@@ -223,11 +226,11 @@ def _opened(path: Path) -> Checkpoint:
     origin, context = None, None
     if (path / MODEL).is_file() or path.name.startswith("step-"):
         manifest.verify_sizes(path, hashed=(MODEL,))
-        description = json.loads((path / MODEL).read_text())
-        config = LlamaConfig(**description["config"])
-        layers = read_layers(description, config)
-        origin, context = description.get("started_from"), description["context"]
+        config, layers, origin, context = read_model(path / MODEL)
     else:
+        if manifest.is_sealed(path):
+            files = manifest.read(path)["files"]
+            manifest.check_listed(path, [f for f in files if not f.endswith(".safetensors")])
         read = hugging_face.read_config if (path / "config.json").is_file() else meta.read_params
         config, position = read(path)
         layers = Layers.uniform(position, config.num_hidden_layers)

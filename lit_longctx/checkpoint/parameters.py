@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lit_longctx import manifest
 from lit_longctx.checkpoint import meta
+from lit_longctx.json_file import read_object
 from lit_longctx.model import Llama, LlamaConfig, initial_weight
 
 SHARD_BYTES = 5 * 2**30
@@ -21,8 +23,8 @@ SHARD_BYTES = 5 * 2**30
 SCHEME = ".self_attn.position."
 """Part of the names of weights that belong to a position scheme."""
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Dtypes of weights, as safetensors names them."""
+FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
+"""Dtypes of weights, as safetensors and torch name them."""
 DISTRIBUTED = ".metadata"
 """File that makes a folder a distributed checkpoint."""
 
@@ -44,6 +46,8 @@ def fill(llama: Llama, folder: Path | None, seed: int = 0) -> list[str]:
         missing = _fill_from_safetensors(parameters, folder, llama.config)
     else:
         missing = _fill_from_meta(parameters, folder, llama.config)
+    if folder is not None:
+        _check_finite({name: parameters[name] for name in parameters.keys() - set(missing)}, folder)
     for name in missing:
         shape = parameters[name].shape
         if SCHEME in name:
@@ -54,6 +58,34 @@ def fill(llama: Llama, folder: Path | None, seed: int = 0) -> list[str]:
             weight = initial_weight(name, shape, llama.config.num_hidden_layers, seed)
         _copy(parameters[name], weight)
     return missing
+
+
+@torch.no_grad()
+def _check_finite(parameters: dict[str, Tensor], folder: Path) -> None:
+    """Refuse weights that are no finite numbers, on all processes if on one.
+
+    Reads the weights once more: about 10 GB/s.
+    """
+    broken = [name for name, parameter in parameters.items() if not _is_finite(parameter)]
+    among = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if among and torch.distributed.get_world_size() > 1:
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, broken)
+        broken = [name for names in gathered for name in names]
+    if broken:
+        dtype = str(parameters[broken[0]].dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{folder}: {min(broken)} ({len(set(broken))} weights) holds NaN, infinity or numbers "
+            f"beyond {dtype}; take an earlier checkpoint, or a dtype of more range"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not local.numel():
+        return True
+    low, high = local.aminmax()  # NaN comes through
+    return bool(low.isfinite() & high.isfinite())
 
 
 def plain(name: str) -> str:
@@ -102,12 +134,9 @@ def _fill_from_safetensors(
     stored = _slices(folder)
     shapes = {name: list(part.get_shape()) for name, part in stored.items()}
     missing = _compare(parameters, shapes, folder, config)
-    for name in parameters.keys() - set(missing):
-        if (dtype := stored[name].get_dtype()) not in FLOATS:
-            raise ValueError(
-                f"{folder}: {name} is of dtype {dtype}, expected one of {', '.join(FLOATS)}; a "
-                "quantized model (see quantization_config) must be dequantized first"
-            )
+    _check_dtypes(
+        {name: stored[name].get_dtype() for name in parameters.keys() - set(missing)}, folder
+    )
     if (
         config.tie_word_embeddings
         and HEAD in stored
@@ -127,9 +156,22 @@ def _fill_from_meta(parameters: dict[str, Tensor], folder: Path, config: LlamaCo
     stored = meta.read_weights(folder, config)
     shapes = {name: list(weight.shape) for name, weight in stored.items()}
     missing = _compare(parameters, shapes, folder, config)
+    _check_dtypes(
+        {name: str(stored[name].dtype) for name in parameters.keys() - set(missing)}, folder
+    )
     for name in parameters.keys() - set(missing):
         _copy(parameters[name], stored[name])
     return missing
+
+
+def _check_dtypes(dtypes: dict[str, str], folder: Path) -> None:
+    """Refuse weights stored as other than floating-point numbers."""
+    for name, dtype in dtypes.items():
+        if dtype.removeprefix("torch.") not in FLOATS:
+            raise ValueError(
+                f"{folder}: {name} is of dtype {dtype}, expected one of {', '.join(FLOATS[:4])}; a "
+                "quantized model (see quantization_config) must be dequantized first"
+            )
 
 
 def _slices(folder: Path) -> dict[str, Any]:
@@ -171,9 +213,14 @@ def _safetensors_files(folder: Path) -> list[Path]:
                 "hold; copy it too"
             )
         raise ValueError(f"{folder} holds no model.safetensors; convert it to safetensors first")
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map that names files by weight; copy it again")
+    for name in weight_map.values():
+        manifest.check_inside(index, name)
+    names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        if not (folder / name).is_file():
             raise ValueError(f"{folder / name}, named by {index.name}, is missing")
     beside = [single] if single.is_file() and single.name not in names else []
     return [*(folder / name for name in names), *beside]
@@ -189,6 +236,7 @@ def _open(file: Path) -> Any:
 def _fill_from_run(parameters: dict[str, Tensor], folder: Path, config: LlamaConfig) -> list[str]:
     """Load a run's distributed checkpoint in place, resharded as needed."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from lit_longctx.checkpoint.unpickling import CheckedReader
 
@@ -201,6 +249,13 @@ def _fill_from_run(parameters: dict[str, Tensor], folder: Path, config: LlamaCon
         if name.startswith(prefix)
     }
     missing = _compare(parameters, shapes, folder, config)
+    stored = {name: metadata[f"{prefix}{name}"] for name in parameters.keys() - set(missing)}
+    dtypes = {
+        name: str(entry.properties.dtype)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    _check_dtypes(dtypes, folder)
     held = {f"llama.{name}": p.detach() for name, p in parameters.items() if name not in missing}
     dcp.load(
         {"state_dict": held}, storage_reader=storage, no_dist=not torch.distributed.is_initialized()
@@ -214,7 +269,7 @@ def save(llama: Llama, folder: Path, dtype: torch.dtype) -> None:
     filled = 0
     for long_name, parameter in llama.named_parameters():
         weight = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        weight = weight.detach().to("cpu", dtype).contiguous()
+        weight = _as_dtype(plain(long_name), weight.detach().cpu(), dtype)
         if filled and filled + weight.nbytes > SHARD_BYTES:
             shards.append({})
             filled = 0
@@ -231,3 +286,17 @@ def save(llama: Llama, folder: Path, dtype: torch.dtype) -> None:
     total = sum(weight.nbytes for shard in shards for weight in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _as_dtype(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight as it is stored; ValueError where that is no finite number."""
+    if not _is_finite(weight):
+        raise ValueError(f"{name} holds NaN or infinity; export an earlier checkpoint")
+    stored = weight.to(dtype).contiguous()
+    if not _is_finite(stored):
+        raise ValueError(
+            f"{name} reaches {float(weight.abs().max()):.4g}, beyond the "
+            f"{torch.finfo(dtype).max:.4g} of {str(dtype).removeprefix('torch.')}; export with "
+            "--dtype bfloat16 or float32"
+        )
+    return stored

@@ -9,6 +9,10 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from lit_longctx.manifest import check_inside
+
+LOOP = "meta.pt"
+"""File in which Lightning keeps what is no tensor: of loop, callbacks and data."""
 METADATA = "torch.distributed.checkpoint.metadata"
 ALLOWED = {
     *((METADATA, name) for name in ("Metadata", "StorageMeta", "MetadataIndex")),
@@ -33,23 +37,35 @@ class _Restricted(pickle.Unpickler):
         raise ValueError(f"names {module}.{name}, which no checkpoint needs and might run code")
 
 
+def _check_place(info: Any) -> None:
+    """Refuse a value that torch would read from another folder, or unpack before it reads it."""
+    check_inside("metadata that", info.relative_path)
+    if info.transform_descriptors:
+        raise ValueError(f"names {info.transform_descriptors} to unpack values by")
+
+
 def check_pickles(folder: Path) -> None:
     """Refuse a distributed checkpoint whose pickles name more than torch's own metadata.
 
     Raises:
-        ValueError: What `.metadata` or a pickled value (settings of the optimizer) names besides.
+        ValueError: What `.metadata`, a pickled value (settings of the optimizer) or `meta.pt` names
+            besides; a value that is in no file of the folder.
     """
     file = folder / ".metadata"
     try:
         metadata: Metadata = _Restricted(io.BytesIO(file.read_bytes())).load()
         entries, where = metadata.state_dict_metadata, metadata.storage_data or {}
+        for info in where.values():
+            _check_place(info)
         values = [name for name, e in entries.items() if isinstance(e, BytesStorageMetadata)]
         for name in values:
             info = where[MetadataIndex(name)]
-            file = folder / Path(info.relative_path).name
+            file = folder / info.relative_path
             with file.open("rb") as stored:
                 stored.seek(info.offset)
                 torch.load(io.BytesIO(stored.read(info.length)), weights_only=True)
+        if (file := folder / LOOP).is_file():
+            torch.load(file, weights_only=True)
     except ValueError as error:
         raise ValueError(f"{file} {error}; do not use a checkpoint you do not trust") from None
     except (pickle.UnpicklingError, AttributeError, KeyError, EOFError, OSError) as error:

@@ -1,5 +1,9 @@
 """What is measured side by side: checkpoints, each under its own and other position schemes."""
 
+import ast
+import inspect
+import sys
+import uuid
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple, cast
@@ -7,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from lit_longctx.checkpoint import Checkpoint, describe_position, open_checkpoint
-from lit_longctx.manifest import identity
+from lit_longctx.manifest import identity, short_hash
 from lit_longctx.position import PositionScheme
 
 
@@ -27,8 +31,28 @@ class Candidate(NamedTuple):
 
     def described(self) -> dict[str, Any]:
         """Return what decides its values."""
+        kinds = self.start.layers.kinds
+        schemes = [self.position] if self.position else [kind.position for kind in kinds]
         known = {"checkpoint": self.folder, "holds": identity(self.start.path)}
+        known |= {"scheme_code": code_of(schemes)}
         return known | ({"position": describe_position(self.position)} if self.position else {})
+
+
+def code_of(schemes: Sequence[PositionScheme]) -> str:
+    """Return a hash of the code of position schemes: of the modules that they and theirs are in.
+
+    Comments do not count. A scheme whose code is in no file is a new one each time.
+    """
+    classes = {kind for scheme in schemes for kind in type(scheme).__mro__}
+    ours = {kind.__module__ for kind in classes if issubclass(kind, PositionScheme)}
+    return short_hash([_code(name) for name in sorted(ours)])
+
+
+def _code(module: str) -> str:
+    try:
+        return ast.unparse(ast.parse(inspect.getsource(sys.modules[module])))
+    except (OSError, TypeError, KeyError, SyntaxError):
+        return uuid.uuid4().hex
 
 
 def open_candidates(

@@ -153,7 +153,8 @@ def measure_all(
         "device": torch.device(compute.device).type,
     }
     items = [
-        ({**known, "task": name, **eval_item}, name, eval_item) for name, eval_item in eval_items
+        ({**known, "task": name, "task_version": measures[name].version, **each}, name, each)
+        for name, each in eval_items
     ]
     missing = [i for i, item in enumerate(items) if held is not None and item[0] not in held]
     missing = processes.from_first(missing)

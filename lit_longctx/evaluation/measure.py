@@ -28,6 +28,9 @@ class Section(NamedTuple):
 class Measure(ABC):
     """Something to measure of every checkpoint on the same items."""
 
+    version: int = 1
+    """Raised whenever values change, so that none is answered from what older code measured."""
+
     @abstractmethod
     def eval_items(self) -> list[EvalItem]:
         """Return what is measured one by one, the same for every checkpoint.

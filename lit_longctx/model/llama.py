@@ -6,6 +6,7 @@ here knows of Lightning, data or sharding: those are done to it from outside.
 
 import zlib
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class LlamaConfig:
     """Token that ends every document."""
 
     def __post_init__(self) -> None:
+        self._check_values()
         heads = self.num_attention_heads
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", heads)
@@ -70,6 +72,21 @@ class LlamaConfig:
             raise ValueError(
                 f"num_attention_heads {heads} is no multiple of num_key_value_heads {self.kv_heads}"
             )
+
+    def _check_values(self) -> None:
+        """ValueError, by name, for a value that no Llama can have."""
+        for name, value in vars(self).items():
+            if name.endswith("_token_id") or value is None:
+                valid, expected = value is None or type(value) is int, "a whole number, or none"
+            elif name in ("tie_word_embeddings", "attention_bias"):
+                valid, expected = isinstance(value, bool), "true or false"
+            elif name == "rms_norm_eps":
+                valid = type(value) in (int, float) and 0 < value < inf
+                expected = "a finite number above 0"
+            else:
+                valid, expected = type(value) is int and value > 0, "a whole number above 0"
+            if not valid:
+                raise ValueError(f"{name} is {value!r}; expected {expected}")
 
     @property
     def kv_heads(self) -> int:

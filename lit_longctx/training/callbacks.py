@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_longctx.batch import StepBatch
 from lit_longctx.checkpoint import Checkpoint
-from lit_longctx.checkpoint.companions import keep
+from lit_longctx.checkpoint.companions import keep, keep_tokenizer
 from lit_longctx.data.sampling.data_description import TrainingData, describe_data
 from lit_longctx.progress import EVERY, Heartbeat, TimeLeft
 from lit_longctx.training.module import LanguageModule
@@ -288,4 +288,4 @@ class KeepTokenizer(Callback):
             keep(start.companions, start.tokens, run_folder(trainer))
         source = describe_data(getattr(trainer, "datamodule", None)).tokenizer_folder
         if source and trainer.is_global_zero:
-            shutil.copytree(source, run_folder(trainer) / "tokenizer", dirs_exist_ok=True)
+            keep_tokenizer(source, run_folder(trainer))

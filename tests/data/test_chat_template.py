@@ -1,6 +1,7 @@
 import io
 import json
 import random
+import resource
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -19,10 +20,12 @@ from tokenizers import (
     trainers,
 )
 
+from lit_longctx import cli
+from lit_longctx.data.tokens import template_process
 from lit_longctx.data.tokens.chat_template import ChatTemplate
 from lit_longctx.data.tokens.chats import Conversation, Malformed, Message, conversation
 from lit_longctx.data.tokens.opening import open_tokenizer
-from lit_longctx.data.tokens.templates import compiled
+from lit_longctx.data.tokens.rendering import compiled
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>"]
@@ -479,6 +482,55 @@ def test_a_template_that_cannot_be_followed_is_refused(folder, tmp_path, templat
     assert "\n" not in str(found.value)
     assert str(found.value).startswith(f"{tmp_path}/template.jinja cannot be trained on: ")
     assert not isinstance(found.value, Malformed)
+
+
+GREEDY = {
+    "seconds": [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 7 ** (10 ** 9) }}",
+    ],
+    "memory": [
+        "{{ 'a' * 3000000000 }}",
+        "{% set n = namespace(x='a') %}"
+        "{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{{ messages[0].content.ljust(3000000000) }}",
+    ],
+    "characters": ["{{ 'a' * 9000000 }}"],
+}
+
+
+@pytest.mark.parametrize(("limit", "template"), [(k, t) for k, ts in GREEDY.items() for t in ts])
+def test_a_template_has_no_more_than_its_share(folder, tmp_path, monkeypatch, limit, template):
+    """Of processor time, memory and text; the process that asks has none of it on its account."""
+    monkeypatch.setattr(template_process, "SECONDS", 0.3 if limit == "seconds" else 60.0)
+    monkeypatch.setattr(template_process, "MEMORY", 2**28 if limit == "characters" else 2**26)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    said = rf"^{tmp_path}/template.jinja was stopped: it needs more than [\d.,]+ .*{limit}"
+    with pytest.raises(ValueError, match=said) as found:
+        ours_of(folder, template, tmp_path)
+    assert not isinstance(found.value, Malformed)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_maxrss - before.ru_maxrss < 400 * 1024  # KiB; the strings would be 3 GB
+    # the next template is served by a new process
+    assert ours_of(folder, "chatml", tmp_path).render(talk("Hi", "Yes")).answers.any()
+
+
+def test_a_greedy_conversation_stops_prepare_at_once(folder, tmp_path, monkeypatch, capfd):
+    """It is not one broken row of many: each would cost the limit."""
+    monkeypatch.setattr(template_process, "SECONDS", 0.3)
+    greedy = "{% for m in messages %}{{ m.content }}" + (
+        "{% if 'slow' in m.content %}{% for a in range(99999) %}{% for b in range(99999) %}"
+        "{% endfor %}{% endfor %}{% endif %}{% endfor %}"
+    )
+    (tmp_path / "template.jinja").write_text(greedy)
+    rows = [{"instruction": f"slow {i}" if i > 9 else "fast", "output": "x"} for i in range(999)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = {"input": "rows.jsonl", "chat_template": "template.jinja", "output": "out"}
+    given = [word for key, name in arguments.items() for word in (f"--{key}", tmp_path / name)]
+    given += ["--tokenizer", folder, "--chat", "true"]
+    assert cli.main(["prepare", *map(str, given)]) == 1
+    assert "template.jinja was stopped: it needs more than 0.3" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_template_that_cannot_be_found_is_refused(folder, tmp_path):

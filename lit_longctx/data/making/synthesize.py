@@ -9,10 +9,9 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO, final
+from typing import Any, final
 
 from tqdm import tqdm
 
@@ -62,28 +61,14 @@ def synthesize(task: SynthesisTask, output: str, seed: int = 0) -> dict[str, Any
     if target.suffix != ".jsonl":
         raise ValueError(f"expected an output that ends in .jsonl; got {output}; rename it")
     report = Report()
-    with whole_file(target) as file:
+    with manifest.whole_file(target) as temporary, temporary.open("w") as file:
         for row in tqdm(task.rows(target, seed, report), desc="rows", unit="", disable=None):
             file.write(json.dumps(row) + "\n")
+        file.flush()
+        manifest.flush(temporary)
     print(report.summary())
     print(f"wrote {output}")
     return vars(report)
-
-
-@contextmanager
-def whole_file(target: Path) -> Iterator[TextIO]:
-    """Yield a file that becomes `target` if the block succeeds, and vanishes if not."""
-    if target.exists():
-        raise ValueError(f"{target} exists already; choose another file or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = manifest.beside(target)
-    try:
-        with temporary.open("w") as file:
-            yield file
-        manifest.flush(temporary)
-        manifest.publish(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @final

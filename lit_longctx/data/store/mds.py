@@ -28,6 +28,7 @@ from lit_longctx.data.store.remote import (
 from lit_longctx.data.store.storage import ObjectStorage
 from lit_longctx.data.store.windows import Maps, Windows
 from lit_longctx.data.tokens.info import TokenizerInfo
+from lit_longctx.json_file import object_in
 
 INDEX = "index.json"
 DTYPES = {8: "u1", 9: "i1", 16: "u2", 17: "i2", 32: "u4", 33: "i4", 64: "u8", 65: "i8"}
@@ -194,16 +195,14 @@ def open_shards(
     url = str(folder).rstrip("/") if is_remote(folder) else None
     connection = connect(url, storage) if url else None
     text = fetch_text(connection, f"{url}/{INDEX}") if connection else _read(folder)
-    index = json.loads(text)
+    index = object_in(text, f"{folder}/{INDEX}")
     if index.get("version") != 2 or not index.get("shards"):
         raise ValueError(f"{folder}/{INDEX} describes no MDS shards of version 2")
-    for shard in index["shards"]:
-        _check_shard(folder, shard)
-        for part in filter(None, (shard["raw_data"], shard["zip_data"])):
-            manifest.check_inside(f"{folder}/{INDEX}", part["basename"])
+    try:
+        entries = _entries(folder, index["shards"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}/{INDEX} describes no MDS shards: {error!r}") from None
     _announce(str(folder))
-    stored = [shard["zip_data"] or shard["raw_data"] for shard in index["shards"]]
-    entries = {entry["basename"]: {"bytes": entry["bytes"]} for entry in stored}
     if url:
         return index, RemoteFiles(url, entries, fingerprint([url, index]), storage, connection)
     return index, LocalFiles(Path(folder), entries)
@@ -213,6 +212,16 @@ def _read(folder: str | Path) -> str:
     if not (Path(folder) / INDEX).is_file():
         raise ValueError(f"{folder} is no MDS folder: it has no {INDEX}")
     return (Path(folder) / INDEX).read_text()
+
+
+def _entries(folder: str | Path, shards: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the size of every stored file by its name."""
+    for shard in shards:
+        _check_shard(folder, shard)
+        for part in filter(None, (shard["raw_data"], shard["zip_data"])):
+            manifest.check_inside(f"{folder}/{INDEX}", part["basename"])
+    stored = [shard["zip_data"] or shard["raw_data"] for shard in shards]
+    return {entry["basename"]: {"bytes": entry["bytes"]} for entry in stored}
 
 
 def _check_shard(folder: str | Path, shard: dict[str, Any]) -> None:

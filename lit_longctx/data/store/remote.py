@@ -35,9 +35,7 @@ class LocalFiles:
     """Files of a folder on disk, each compared with its entry when it is first opened."""
 
     def __init__(self, folder: Path, entries: dict[str, dict[str, Any]]) -> None:
-        for name in entries:
-            manifest.check_inside(folder, name)
-        self.folder, self.entries = folder, entries
+        self.folder, self.entries = folder, _inside(folder, entries)
         self.checked: set[str] = set()
         self.fetches: Counter[str] = Counter()
 
@@ -47,10 +45,9 @@ class LocalFiles:
         return open(self.folder / name, "rb")
 
     def _check(self, name: str) -> None:
-        if name not in self.entries:
-            raise ValueError(f"{self.folder} does not list {name}; make the folder anew")
+        entry = _entry(self.folder, self.entries, name)
         if name not in self.checked:
-            manifest.check_file(self.folder, name, self.entries[name])
+            manifest.check_file(self.folder, name, entry)
             self.checked.add(name)
 
     def subfolder(self, name: str) -> Path:
@@ -80,9 +77,7 @@ class RemoteFiles:
         storage: ObjectStorage,
         connection: Downloader | None = None,
     ) -> None:
-        for name in entries:
-            manifest.check_inside(url, name)
-        self.url, self.entries, self.key, self.storage = url, entries, key, storage
+        self.url, self.entries, self.key, self.storage = url, _inside(url, entries), key, storage
         self.checked: set[str] = set()
         self.fetches: Counter[str] = Counter()
         """How often each file was asked for over the network by this process."""
@@ -90,8 +85,9 @@ class RemoteFiles:
 
     def open(self, name: str) -> BufferedReader:
         """Open a file for reading; ValueError if it cannot be had as its entry describes it."""
+        entry = _entry(self.url, self.entries, name)
         file = self._cached(name)
-        if name not in self.checked and not _intact(file, self.entries[name]):
+        if name not in self.checked and not _intact(file, entry):
             file.close()
             self.storage.discard(f"{self.key}/{name}")
             file = self._cached(name)
@@ -139,6 +135,19 @@ class RemoteFiles:
 
 
 Files = LocalFiles | RemoteFiles
+Entries = dict[str, dict[str, Any]]
+
+
+def _inside(folder: Path | str, entries: Entries) -> Entries:
+    for name in entries:
+        manifest.check_inside(folder, name)
+    return entries
+
+
+def _entry(folder: Path | str, entries: Entries, name: str) -> dict[str, Any]:
+    if name not in entries:
+        raise ValueError(f"{folder} does not list {name}; make the folder anew")
+    return entries[name]
 
 
 def is_remote(folder: str | Path) -> bool:

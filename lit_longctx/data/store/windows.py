@@ -4,7 +4,6 @@ litdata writes the chunk files and carries them; they are read here as what they
 behind a header. Through its dataset a stretch would cost 15 µs per block of 256 tokens.
 """
 
-import json
 import mmap
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from litdata.constants import _NUMPY_DTYPES_MAPPING
 from lit_longctx.data.store.remote import open_folder
 from lit_longctx.data.store.storage import ObjectStorage
 from lit_longctx.data.tokens.info import TokenizerInfo
+from lit_longctx.json_file import object_in
 from lit_longctx.manifest import short_hash
 
 ANSWER = 2**31
@@ -191,13 +191,21 @@ class Chunks:
 
     def __init__(self, windows: Windows) -> None:
         self.maps = Maps(windows.files.open)
-        index = json.loads(self.maps(f"{windows.split}/index.json")[:])
-        kind, number = index["config"]["data_format"][0].split(":")
-        assert kind == "no_header_numpy"
-        self.dtype = _NUMPY_DTYPES_MAPPING[int(number)]
-        self.names = [f"{windows.split}/{chunk['filename']}" for chunk in index["chunks"]]
-        self.ends = np.cumsum([chunk["dim"] for chunk in index["chunks"]])
-        assert self.ends[-1] == windows.tokens
+        name = f"{windows.split}/index.json"
+        index = object_in(self.maps(name)[:], f"{windows.folder}/{name}")
+        try:
+            kind, number = index["config"]["data_format"][0].split(":")
+            self.dtype = _NUMPY_DTYPES_MAPPING[int(number)]
+            self.names = [f"{windows.split}/{chunk['filename']}" for chunk in index["chunks"]]
+            self.ends = np.cumsum([chunk["dim"] for chunk in index["chunks"]])
+            fits = kind == "no_header_numpy" and self.ends[-1] == windows.tokens
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{windows.folder}/{name} does not list chunks of {windows.tokens} tokens, as the "
+                "folder's manifest has it; make the folder anew"
+            )
 
     def rest(self, token: int) -> np.ndarray:
         """Tokens from `token` to the end of its chunk, in the file's own type, without a copy."""

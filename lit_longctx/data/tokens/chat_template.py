@@ -12,14 +12,14 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, final
 
-import jinja2
 import numpy as np
 from jaxtyping import Bool, Integer
 
 from lit_longctx.data.reading.documents import unfit
 from lit_longctx.data.tokens.chats import Conversation, Malformed, Message, Rendered
 from lit_longctx.data.tokens.marked_text import MARK, mark, reader
-from lit_longctx.data.tokens.templates import compiled, find_template, one_line, variables
+from lit_longctx.data.tokens.template_process import TemplateFails, TemplateOverLimit, render
+from lit_longctx.data.tokens.templates import find_template, one_line, variables
 from lit_longctx.data.tokens.tokenizer import Tokenizer
 
 PROBE = (Message("user", "Why?"), Message("assistant", "Because."))
@@ -43,11 +43,14 @@ class ChatTemplate:
         template: File with a Jinja template, or `plain` for one that any tokenizer can speak.
             Default: the tokenizer's chat_template.jinja, or the one in its tokenizer_config.json;
             for bytes, the plain one. Templates that ask for the date get today's.
+
+    A template that needs more time or memory than a template may is a ValueError, whatever the
+    messages: it is not put to the next.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str | None = None) -> None:
         self.tokenizer = tokenizer
-        self.source, place = find_template(tokenizer, template)
+        self.source, self._place = find_template(tokenizer, template)
         """The Jinja text, to be saved beside the model as chat_template.jinja."""
         self.variables = variables(tokenizer)
         specials, self._encode = reader(tokenizer, self.source)
@@ -55,14 +58,13 @@ class ChatTemplate:
         self._specials = re.compile("|".join(map(re.escape, longest_first)))
         self._marks = {text: mark(number) for text, number in specials.items()}
         try:
-            self._template = compiled(self.source)
             self._lead = self._space_before_answers()
             probe = self.render(Conversation(PROBE, "probe", ""))
             last = int(probe.ids[probe.answers][-1])
             self.end_of_turn = last if last in specials.values() else tokenizer.eos
             """Token by which the assistant ends what it says."""
-        except (jinja2.TemplateError, Malformed) as error:
-            raise ValueError(f"{place} cannot be trained on: {one_line(error)}") from None
+        except Malformed as error:
+            raise ValueError(f"{self._place} cannot be trained on: {one_line(error)}") from None
 
     def render(self, conversation: Conversation) -> Rendered:
         """Return a conversation's ids, with BOS in front if the tokenizer adds it.
@@ -138,12 +140,15 @@ class ChatTemplate:
 
     def _text(self, messages: Sequence[Message], generation: bool = False) -> str:
         said = [{"role": message.role, "content": message.content} for message in messages]
+        known = {"messages": said, "add_generation_prompt": generation, **self.variables}
         try:
-            return self._template.render(
-                messages=said, add_generation_prompt=generation, **self.variables
-            )
-        except Exception as error:  # whatever a template may do wrong
-            raise Malformed(f"the chat template fails: {one_line(error)}") from None
+            return render(self.source, known)
+        except TemplateFails as error:
+            raise Malformed(f"the chat template fails: {error}") from None
+        except TemplateOverLimit as error:
+            raise ValueError(
+                f"{self._place} was stopped: it {error}; do not use a template you do not trust"
+            ) from None
 
     def _cut(self, messages: Sequence[Message], generation: bool = False) -> list[str]:
         """Return the template's words before, between and after the messages' numbers."""

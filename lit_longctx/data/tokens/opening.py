@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_longctx import hub
+from lit_longctx.checkpoint.companions import TOKENIZER_FILES
 from lit_longctx.data.tokens.fingerprint import fingerprint
 from lit_longctx.data.tokens.info import TokenizerInfo
 from lit_longctx.data.tokens.libraries import JsonTokenizer, SentencePieceTokenizer
@@ -14,6 +15,7 @@ from lit_longctx.data.tokens.special_tokens import (
     told_bos_rule,
 )
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer, Tokenizer, byte_vocabulary
+from lit_longctx.manifest import check_listed
 
 
 def round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
@@ -59,6 +61,9 @@ def open_tokenizer(
         bos: Token that begins documents; default: tokenizer_config.json's.
         eos: Token that ends documents; default: tokenizer_config.json's.
         add_bos: Whether texts begin with BOS; `auto`: if `bos` is given, or else as the files say.
+
+    Raises:
+        ValueError: There is none, or it is not the one that its folder's manifest lists.
     """
     if name == "bytes":
         if bos or eos:
@@ -69,6 +74,7 @@ def open_tokenizer(
     if file is None:
         expected = "'bytes', a tokenizer.json, a tokenizer.model or their folder"
         raise ValueError(f"tokenizer {name!r} not found; expected {expected}")
+    check_listed(file.parent, (file.name, *TOKENIZER_FILES))
     if file.suffix == ".model":
         return SentencePieceTokenizer(file, bos, eos, add_bos)
     if not (bos or eos) and _is_bytes(file):

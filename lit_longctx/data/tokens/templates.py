@@ -1,14 +1,7 @@
-"""A tokenizer's chat template: Jinja, found beside it and run as `transformers` runs it."""
+"""A tokenizer's chat template: the Jinja text, found beside it, and what it knows."""
 
-import json
-from datetime import datetime
 from pathlib import Path
-from typing import Any, final
-
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any
 
 from lit_longctx.checkpoint.companions import CHAT_TEMPLATE
 from lit_longctx.data.tokens.libraries import JsonTokenizer, SentencePieceTokenizer
@@ -67,48 +60,6 @@ def variables(tokenizer: Tokenizer) -> dict[str, Any]:
             if key.endswith("_token") and isinstance(value, str | dict):
                 known[key] = named(folder, key.removesuffix("_token"))
     return known | {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-
-
-@final
-class Generation(Extension):
-    """`{% generation %}`, which some templates put around answers: read, and of no effect."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> nodes.Node:
-        """Return what stands between the tags."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def compiled(source: str) -> jinja2.Template:
-    """Compile a template for the sandbox, with the settings and functions of `transformers`."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = as_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    return environment.from_string(source)
-
-
-def as_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without the HTML escapes of Jinja's own filter."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def refuse(message: str) -> None:
-    """Let a template refuse its messages."""
-    raise jinja2.TemplateError(message)
 
 
 def one_line(error: Exception) -> str:

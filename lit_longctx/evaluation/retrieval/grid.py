@@ -53,6 +53,7 @@ class Probe(Measure):
     def __init__(self, name: str, grid: Grid, hay: Haystack) -> None:
         self.name = name
         self.task = task_named(name)
+        self.version = self.task.version
         self.grid = grid
         self.hay = hay
         self.depths = grid.depths if self.task.uses_depth else [50.0]

@@ -31,6 +31,8 @@ class Seeded(random.Random):
 class Task(ABC):
     """A family of samples and the score of an answer; fields are settings."""
 
+    version: ClassVar[int] = 1
+    """Raised whenever prompts or scores change, so that no value of older code is taken."""
     uses_depth: ClassVar[bool] = True
     """Whether depth changes the prompt; where not, one depth says all."""
     max_new_tokens: int
