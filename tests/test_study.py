@@ -17,8 +17,8 @@ def test_paired_interval_is_students(seeds):
     other = [0.9 + 0.07 * i for i in range(seeds)]
     found = study["paired"](one, other)
     expected = scipy_stats.ttest_rel(one, other).confidence_interval(0.95)
-    assert found.mean - found.half == pytest.approx(expected.low, rel=1e-3)
-    assert found.mean + found.half == pytest.approx(expected.high, rel=1e-3)
+    assert found.mean == pytest.approx((expected.low + expected.high) / 2)
+    assert found.half == pytest.approx((expected.high - expected.low) / 2, rel=1e-3)
     interval = study["Interval"]
     said = [study["shows"](interval(mean, 0.1)) for mean in (0.2, 0.05, -0.05, -0.2)]
     assert said == ["yes", "not told apart", "not told apart", "no: the other way round"]
