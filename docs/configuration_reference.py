@@ -10,6 +10,7 @@ import docstring_parser
 
 from lit_longctx import position
 from lit_longctx.checkpoint import export
+from lit_longctx.checkpoint.gguf import import_gguf
 from lit_longctx.data.finetuning import ChatSource, FinetuneData
 from lit_longctx.data.making.mixture import mix
 from lit_longctx.data.making.prepare import prepare
@@ -18,6 +19,7 @@ from lit_longctx.data.pretraining import PretrainData, Source
 from lit_longctx.data.sampling.position_transforms import E2LLM, PoSE, SkipAlign
 from lit_longctx.data.sampling.stages import Stage
 from lit_longctx.evaluation.evaluate import evaluate
+from lit_longctx.evaluation.loss.held_out import LossRows
 from lit_longctx.evaluation.retrieval.grid import Grid
 from lit_longctx.generate import generate_text
 from lit_longctx.training import callbacks, module, parallel, probes, schedule
@@ -27,7 +29,7 @@ QUALIFIED = re.compile(r"\b(?:\w+\.)+(?=\w)")
 SCHEMES = [getattr(position, name) for name in position.__all__]
 """Abstract ones among them are left out."""
 SECTIONS: dict[str, list[Callable[..., Any]]] = {
-    "Verbs": [prepare, mix, synthesize, evaluate, export, generate_text],
+    "Verbs": [prepare, mix, synthesize, evaluate, export, import_gguf, generate_text],
     "fit: `model`": [module.ContinualPretrain, module.SFT],
     "fit: `model.position`": [
         each
@@ -45,6 +47,7 @@ SECTIONS: dict[str, list[Callable[..., Any]]] = {
         parallel.FSDP2Strategy,
         callbacks.Checkpoints,
         probes.Probes,
+        LossRows,
         Grid,
     ],
 }
@@ -64,7 +67,7 @@ def section(item: Callable[..., Any]) -> str:
     """Return heading, first sentence and a table of options."""
     docs = docstring_parser.parse_from_object(item)
     said = {param.arg_name: " ".join((param.description or "").split()) for param in docs.params}
-    name = item.__name__.removesuffix("_text")
+    name = item.__name__.removesuffix("_text").removesuffix("_gguf")
     lines = [f"### {name}", "", docs.short_description or "", ""]
     parameters = [
         (name, parameter)

@@ -16,6 +16,7 @@ VERBS = {
     "mix": "prepared sources → the same with more long documents, and a report",
     "evaluate": "what the longer context is worth: tables and figures for checkpoints",
     "export": "a run's newest checkpoint → Hugging Face folder",
+    "import": "a GGUF file (llama.cpp's) → Hugging Face folder, dequantized",
     "generate": "continue a prompt",
     "synthesize": "long documents → questions and answers, by a model or from nothing",
     "plan": "memory, FLOPs and time of a config before it runs (not yet)",
@@ -83,6 +84,8 @@ def _function(verb: str) -> Callable[..., Any]:
         from lit_longctx.evaluation.evaluate import evaluate as function
     elif verb == "export":
         from lit_longctx.checkpoint import export as function
+    elif verb == "import":
+        from lit_longctx.checkpoint.gguf import import_gguf as function
     elif verb == "generate":
         from lit_longctx.generate import generate_text as function
     elif verb == "synthesize":

@@ -18,7 +18,7 @@ from lit_longctx.data.store.storage import ObjectStorage
 from lit_longctx.data.store.windows import Windows
 from lit_longctx.data.tokens.opening import check_tokenizer, open_tokenizer
 from lit_longctx.evaluation.candidates import Candidate, open_candidates
-from lit_longctx.evaluation.loss.held_out import HeldOutLoss
+from lit_longctx.evaluation.loss.held_out import HeldOutLoss, LossRows
 from lit_longctx.evaluation.loss.sliding import SlidingWindow, SlidingWindowPerplexity
 from lit_longctx.evaluation.measure import EvalItem, Measure, Section
 from lit_longctx.evaluation.processes import Processes, started_processes
@@ -40,6 +40,7 @@ def evaluate(
     tasks: list[str] = ["loss"],  # noqa: B006 - never changed
     window: int = 4096,
     windows: int = 32,
+    loss: LossRows = LossRows(),
     sliding: SlidingWindow = SlidingWindow(),
     grid: Grid = Grid(),
     positions: list[PositionScheme] = [],  # noqa: B006 - never changed
@@ -64,6 +65,7 @@ def evaluate(
             frequent_words, key_values.
         window: Tokens per row of the loss, and most tokens of a conversation; a multiple of 256.
         windows: Rows, or conversations, per source; spread evenly over the held-out split.
+        loss: What the rows of `loss` are, and its buckets of position.
         sliding: Windows and documents of `perplexity`.
         grid: Lengths and depths of the probes.
         positions: Position schemes to measure each checkpoint under, without training, beside its
@@ -84,7 +86,9 @@ def evaluate(
         place,
     ):
         held_out = open_held_out(data, window, whole_windows="loss" in tasks)
-        measures = {name: measure_named(name, held_out, windows, sliding, grid) for name in tasks}
+        measures = {
+            name: measure_named(name, held_out, windows, loss, sliding, grid) for name in tasks
+        }
         candidates = open_candidates(checkpoint, positions)
         for start in {each.folder: each.start for each in candidates.values()}.values():
             check_vocabulary(start, held_out)
@@ -229,7 +233,12 @@ def open_held_out(folders: list[str], window: int, whole_windows: bool) -> HeldO
 
 
 def measure_named(
-    name: str, held_out: HeldOut, windows: int, sliding: SlidingWindow, grid: Grid
+    name: str,
+    held_out: HeldOut,
+    windows: int,
+    loss: LossRows,
+    sliding: SlidingWindow,
+    grid: Grid,
 ) -> Measure:
     """Return what a task's name stands for."""
     if name == "answers":
@@ -239,7 +248,7 @@ def measure_named(
     if not held_out.documents:
         raise ValueError(f"{name} needs documents; got conversations alone; add their folder")
     if name == "loss":
-        return HeldOutLoss(held_out.documents, windows)
+        return HeldOutLoss(held_out.documents, windows, loss)
     if name == "perplexity":
         return SlidingWindowPerplexity(held_out.documents, sliding)
     first = next(iter(held_out.documents.values()))

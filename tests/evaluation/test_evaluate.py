@@ -18,7 +18,7 @@ from lit_longctx.batch import Batch
 from lit_longctx.checkpoint import export_pretrained
 from lit_longctx.decoding import reading
 from lit_longctx.evaluation.evaluate import evaluate
-from lit_longctx.evaluation.loss.held_out import HeldOutLoss
+from lit_longctx.evaluation.loss.held_out import HeldOutLoss, LossRows
 from lit_longctx.evaluation.loss.sliding import SlidingWindow
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import NoPE, PositionInterpolation, RoPE, TransformerXL, YaRN
@@ -133,6 +133,30 @@ def test_numbers_are_those_of_a_loop_over_the_held_out_tokens(
     assert gain["inside"][0] == pytest.approx(inside / sum(number[:2]), abs=1e-5)
     assert gain["beyond"][0] == pytest.approx(before[2] - after[2], abs=1e-5)
     assert gain["beyond"][1] <= gain["beyond"][0] <= gain["beyond"][2]
+
+
+def test_rows_of_long_documents_begin_where_those_begin(models, data, tmp_path):
+    name, llama = next(iter(models.items()))
+    rows = LossRows(long_documents=True, edges=[200, 300, WINDOW])
+    options = {"window": WINDOW, "windows": 3, "loss": rows, "device": "cpu"}
+    found = evaluate([name], data[1:], str(tmp_path / "long"), **options)
+    stream = held_out_tokens(data[1])
+    starts = (stream == 256).nonzero().flatten().tolist()
+    long = [a for a, b in zip(starts, [*starts[1:], len(stream)], strict=True) if b - a > WINDOW]
+    assert len(long) > 3
+    chosen = [long[0], long[round((len(long) - 1) / 2)], long[-1]]
+    with torch.no_grad():
+        logits = llama.logits(reading(torch.stack([stream[at : at + WINDOW] for at in chosen])))
+    targets = torch.stack([stream[at + 1 : at + WINDOW + 1] for at in chosen])
+    nats = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    expected = [float(nats[:, low:high].mean()) for low, high in pairwise([0, 200, 300, WINDOW])]
+    assert found["loss"][name] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("edges", [[0, WINDOW], [300, 200, WINDOW], [128]])
+def test_edges_that_do_not_rise_to_the_window_are_refused(models, data, tmp_path, edges):
+    with pytest.raises(ValueError, match="rise from above 0 to the window of 512"):
+        evaluate(list(models), data, str(tmp_path), window=WINDOW, loss=LossRows(edges=edges))
 
 
 class Theirs(NamedTuple):

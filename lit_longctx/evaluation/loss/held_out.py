@@ -1,6 +1,7 @@
 """Held-out loss by position, source and document length, and how it falls with context."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -20,31 +21,74 @@ SOURCE, LENGTH, POSITION = 1, 2, 3
 """Axes of the sums, after that of the windows."""
 
 
+@dataclass(frozen=True)
+class LossRows:
+    """What the rows of the loss are, and the buckets of position."""
+
+    long_documents: bool = False
+    """Rows are the beginnings of held-out documents longer than the window, spread evenly over
+    them; default: windows of the whole split, in which documents end and begin."""
+    edges: list[int] = field(default_factory=list)
+    """Tokens at which buckets of position end, rising up to the window; default: 128, 256, 512, and
+    so on."""
+
+    def check(self, window: int) -> None:
+        """Raise ValueError if the edges do not rise up to the window."""
+        rising = all(low < high for low, high in pairwise([0, *self.edges]))
+        if self.edges and not (rising and self.edges[-1] == window):
+            raise ValueError(
+                f"expected edges that rise from above 0 to the window of {window}; got {self.edges}"
+            )
+
+
 class HeldOutLoss(Measure):
-    """Nats per token in evenly spread held-out windows; one window is one item.
+    """Nats per token in evenly spread held-out rows; one row is one item.
 
     Args:
         sources: Held-out splits by name, of one window length.
-        windows: Windows of each.
+        windows: Rows of each.
+        rows: What the rows are, and the buckets of position.
     """
 
-    def __init__(self, sources: dict[str, Windows], windows: int) -> None:
+    def __init__(
+        self, sources: dict[str, Windows], windows: int, rows: LossRows = LossRows()
+    ) -> None:
         self.sources = sources
         self.windows = windows
-        self.metric = LossByPosition(list(sources), next(iter(sources.values())).length)
+        self.rows = rows
+        window = next(iter(sources.values())).length
+        rows.check(window)
+        self.metric = LossByPosition(
+            list(sources), window, [0, *rows.edges] if rows.edges else None
+        )
 
     def eval_items(self) -> list[EvalItem]:
-        """Return a item for each window."""
+        """Return an item for each row."""
+        edges = {"edges": self.rows.edges} if self.rows.edges else {}
         return [
             {
                 "source": name,
                 "data": source.manifest.hash,
                 "window": source.length,
-                "at": int(at),
+                **place,
+                **edges,
             }
             for name, source in self.sources.items()
-            for at in np.linspace(0, len(source) - 1, min(self.windows, len(source))).round()
+            for place in self._places(name, source)
         ]
+
+    def _places(self, name: str, source: Windows) -> list[dict[str, int]]:
+        """Where the rows of a source are: numbers of windows, or documents' first tokens."""
+        if not self.rows.long_documents:
+            return [{"at": at} for at in spread(range(len(source)), self.windows)]
+        lengths = source.document_lengths().astype(np.int64)
+        long = (lengths.cumsum() - lengths)[lengths > source.length].tolist()
+        if not long:
+            raise ValueError(
+                f"no held-out document of {name} has more than {source.length} tokens; the longest "
+                f"has {lengths.max(initial=0)}; set --window to less"
+            )
+        return [{"begin": begin} for begin in spread(long, self.windows)]
 
     @torch.inference_mode()
     def measure(self, llama: Llama, item: EvalItem) -> list[list[float]]:
@@ -52,7 +96,7 @@ class HeldOutLoss(Measure):
         source = self.sources[item["source"]]
         tokens, starts = (
             torch.from_numpy(each)[None].to(llama.head_weight.device)
-            for each in source.with_starts(item["at"])
+            for each in self._row(source, item)
         )
         batch = pack(tokens, source.tokenizer.bos, starts)
         self.metric.to(tokens.device).reset()
@@ -61,6 +105,14 @@ class HeldOutLoss(Measure):
         return [
             [i, j, float(nats[i, j]), int(targets[i, j])] for i, j in targets.nonzero().tolist()
         ]
+
+    @staticmethod
+    def _row(source: Windows, item: EvalItem) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of a row, and True where a document starts."""
+        if "at" in item:
+            return source.with_starts(item["at"])
+        end = item["begin"] + source.length + 1
+        return source.read(item["begin"], end), source.starts(item["begin"], end)
 
     def report(self, values: dict[str, list[Any]], trained: int) -> Section:
         """Return losses by position, source and length, gains, and the law L(c)."""
@@ -115,6 +167,12 @@ class HeldOutLoss(Measure):
                 at = (number, names.index(item["source"]), int(i), int(j))
                 nats[at], targets[at] = total, count
         return Sums(nats, targets)
+
+
+def spread(places: Sequence[int], number: int) -> list[int]:
+    """Return so many of the places, or all if there are fewer, evenly spread from first to last."""
+    chosen = np.linspace(0, len(places) - 1, min(number, len(places))).round()
+    return [places[int(i)] for i in chosen]
 
 
 def gains(
