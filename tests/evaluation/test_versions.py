@@ -26,6 +26,7 @@ from lit_longctx.evaluation.loss.sliding import SlidingWindow, SlidingWindowPerp
 from lit_longctx.evaluation.retrieval.answers import Answers
 from lit_longctx.evaluation.retrieval.prompts import Haystack
 from lit_longctx.evaluation.retrieval.registry import TASKS
+from lit_longctx.evaluation.retrieval.tasks import Needle
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 
@@ -53,6 +54,7 @@ TASKS_RECORDED: dict[str, tuple[int, str]] = {
     "common_words": (1, "acf1fd71c1401e30"),
     "frequent_words": (1, "dbbb179bf56f6d66"),
     "key_values": (1, "a9c2ddd4a675329a"),
+    "needle, fu": (1, "7577bc4fea6e18f5"),
 }
 """Version, and hash of prompts, answers and scores."""
 METRICS_RECORDED: dict[str, tuple[int, list[float]]] = {
@@ -61,35 +63,35 @@ METRICS_RECORDED: dict[str, tuple[int, list[float]]] = {
         [
             0,
             0,
-            126.7657,
+            169.3162,
             23,
             1,
             0,
-            725.5487,
+            817.1682,
             128,
             1,
             1,
-            588.2736,
+            687.4656,
             104,
             2,
             0,
-            714.7894,
+            788.4079,
             128,
             2,
             1,
-            717.2139,
+            805.9056,
             128,
         ],
     ),
-    "perplexity": (1, [5.6003, 5.685, 5.6608, 127, 64, 64, 255, 5.6381, 255, 255]),
-    "answers": (1, [0, 5.7736, 0, 5.8093]),
+    "perplexity": (1, [6.3716, 6.2768, 6.1308, 127, 64, 64, 255, 6.4603, 255, 255]),
+    "answers": (1, [0, 5.6469, 0, 5.5574]),
 }
 """Version, and numbers that a tiny model gives."""
 
 
 def recorded(name: str) -> tuple[int, Any]:
     version, numbers = METRICS_RECORDED[name]
-    return version, pytest.approx(numbers, rel=1e-3)
+    return version, pytest.approx(numbers, rel=1e-4)
 
 
 def haystack() -> Haystack:
@@ -98,9 +100,12 @@ def haystack() -> Haystack:
     return Haystack(ByteTokenizer(), [" ".join(sentences)])
 
 
-@pytest.mark.parametrize("name", TASKS)
+ASKED = {name: task() for name, task in TASKS.items()} | {"needle, fu": Needle("fu")}
+
+
+@pytest.mark.parametrize("name", ASKED)
 def test_a_task_asks_and_scores_what_its_version_did(name: str):
-    task, hay, told = TASKS[name](), haystack(), []
+    task, hay, told = ASKED[name], haystack(), []
     for depth in (0.0, 75.0):
         for seed in (0, 3):
             sample = task.sample(hay, 3000, depth, seed)
@@ -121,7 +126,7 @@ def llama() -> Llama:
         for number, parameter in enumerate(llama.parameters()):
             places = torch.arange(parameter.numel(), dtype=torch.float64)
             wave = (places * (1.7 + number) + number).sin().view_as(parameter)
-            parameter.copy_(wave * 0.3 + (parameter.ndim == 1))
+            parameter.copy_(wave + (parameter.ndim == 1))
     return llama
 
 
