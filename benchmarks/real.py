@@ -38,7 +38,7 @@ def scheme(name: str) -> str:
 def losses() -> tuple[list[int], dict[str, list[float]]]:
     """Return bucket edges, and the loss in each by scheme, the trained one last."""
     before, after = results(BEFORE), results(AFTER)
-    trained = str(load_pretrained(EXPORT).position)
+    trained = type(load_pretrained(EXPORT).position).__name__
     curves = {scheme(name): values for name, values in before["loss"].items()}
     return before["edges"], curves | {f"{trained}, trained": after["loss"][EXPORT]}
 
