@@ -1,10 +1,10 @@
-# make quickstart | sft_quickstart | test | slow | cases | check | docs | clean — everything happens in .venv
+# make quickstart | sft_quickstart | test | slow | cases | reliability | check | docs | clean — everything happens in .venv
 PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
 BIN = .venv/bin
 RUN = $(BIN)/lit_longctx
 
-.PHONY: quickstart sft_quickstart test slow cases check docs venv clean
+.PHONY: quickstart sft_quickstart test slow cases reliability check docs venv clean
 
 # one install for everything: `make test` after `make quickstart` finds nothing left to do
 venv: .venv/installed
@@ -40,6 +40,9 @@ slow: venv
 
 cases: venv
 	$(BIN)/python tests/test_cases.py
+
+reliability: venv
+	$(BIN)/python tests/reliability/table.py -n 2 --dist worksteal
 
 check: venv
 	$(BIN)/ruff format --check .

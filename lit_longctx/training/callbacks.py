@@ -1,6 +1,5 @@
 """What watches a run: the progress line and throughput; what its folder keeps beside."""
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_longctx import manifest
+from lit_longctx.progress import say
 from lit_longctx.stop_signals import GO_ON, Preempted, StopSignals
 from lit_longctx.training.callbacks import run_folder
 from lit_longctx.training.run_lock import RunLock
@@ -83,6 +84,13 @@ class Checkpoints(Callback):
             self.lock.release()
             self.lock = None
 
+    def on_exception(
+        self, trainer: Trainer, module: LightningModule, exception: BaseException
+    ) -> None:
+        """Do the same, as Lightning does not tear down what raised; stopped, the process ends."""
+        if not isinstance(exception, Preempted):
+            self.teardown(trainer, module, "")
+
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Say so if only the end will be saved; remove what an earlier process left half saved."""
         self.saved_at = time.monotonic()
@@ -98,6 +106,7 @@ class Checkpoints(Callback):
         if self.stopped_by:
             self._stop(trainer, unvalidated=self.unvalidated == trainer.global_step)
         if self.unvalidated == trainer.global_step:
+            self.saved = trainer.global_step  # it goes on from there
             validate(trainer)
         self.unvalidated = None
 
@@ -188,10 +197,12 @@ class Checkpoints(Callback):
         for each in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(each, Watchdog):
                 each.ended.set()
+        message = f"stopped by {name} at step {step}; go on with --ckpt_path last"
+        say(message)
         trainer.strategy.barrier()
         # Lightning's own launcher ends the first process if it finds another that failed
         code = 0 if launched(trainer) and not trainer.is_global_zero else GO_ON
-        raise Preempted(f"stopped by {name} at step {step}; go on with --ckpt_path last", code)
+        raise Preempted(message, code)
 
     def _save(self, trainer: Trainer) -> None:
         folder = run_folder(trainer) / "checkpoints"

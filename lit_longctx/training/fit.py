@@ -19,7 +19,6 @@ from torch.utils.tensorboard.summary import hparams
 
 import lit_longctx.data.finetuning
 import lit_longctx.data.pretraining  # noqa: F401 - makes the classes known by their short names
-from lit_longctx.progress import say
 from lit_longctx.stop_signals import Preempted
 from lit_longctx.training.callbacks import KeepTokenizer, ProgressLine
 from lit_longctx.training.checkpoints import Checkpoints, checkpoints_of
@@ -170,7 +169,6 @@ def fit(arguments: list[str]) -> int:
     try:
         run_cli(arguments, watchdog)
     except Preempted as end:
-        say(str(end))
         return end.code
     except SIGTERMException as end:  # an exit without a code: a test would pass for finished
         raise InterruptedError("stopped by SIGTERM") from end

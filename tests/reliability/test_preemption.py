@@ -95,6 +95,22 @@ def test_a_signal_in_the_last_validation_is_made_up_for(tmp_path: Path):
     ends_as_if_nothing_had_been(tmp_path, 1)
 
 
+def test_a_validation_that_is_made_up_for_is_cut_short_too(tmp_path: Path):
+    for _ in range(2):
+        given = [*OFTEN, *signal_in("validation", 4), "--ckpt_path", "last"]
+        assert runs.fit(tmp_path, *given).code == 75
+        assert interrupted(tmp_path, 4, "SIGTERM") == 4
+    ends_as_if_nothing_had_been(tmp_path, 1)
+
+
+def test_a_run_without_validation_stops_too(tmp_path: Path):
+    given = [*signal_in("step", 7), "--trainer.limit_val_batches", 0]
+    ran = runs.fit(tmp_path, *given)
+    assert (ran.code, ran.err) == (75, "")
+    assert interrupted(tmp_path, 7, "SIGTERM") in (7, 8)
+    assert not json.loads((tmp_path / "preempted").read_text())["unvalidated"]
+
+
 def test_loader_workers_outlive_a_signal_to_all(tmp_path: Path):
     """As Slurm and Ctrl-C send it: to every process of the group, workers too."""
     given = [*OFTEN, "--data.init_args.num_workers", 2, "--ckpt_path", "last"]
@@ -109,6 +125,10 @@ def test_loader_workers_outlive_a_signal_to_all(tmp_path: Path):
         saved = interrupted(tmp_path, saved + 2, name)
     ends_as_if_nothing_had_been(tmp_path, 1, *given)
     figure(f"to the whole group, loader workers too: {TIMES} of {TIMES}")
+
+
+def saved_at(folder: Path) -> float:
+    return (folder / "preempted").stat().st_mtime
 
 
 def wait_for(folder: Path, step: int, alive: Callable[[], bool]) -> None:
@@ -136,11 +156,13 @@ def test_a_signal_to_torchrun_loses_nothing(tmp_path: Path):
         arguments = runs.fitting(tmp_path, *OFTEN, *signal_in("step", 99), "--ckpt_path", "last")
         handled = ["--signals-to-handle", ",".join(NAMES)]
         ran = runs.torchrun(2, arguments, tmp_path, handled, signal_it)
-        slowest = max(slowest, time.time() - begun[0])
+        after = saved_at(tmp_path) - begun[0]
+        print(f"{name}: saved after {after:.1f} s, ended after {time.time() - begun[0]:.1f}")
+        slowest = max(slowest, after)  # until torchrun has ended, two Pythons and its own must
         assert ran.code != 0
         saved = interrupted(tmp_path, saved + 2, name)
     ends_as_if_nothing_had_been(tmp_path, 2)
-    figure(f"to torchrun of 2: {TIMES} of {TIMES}, ended in {slowest:.1f} s at most")
+    figure(f"to torchrun of 2: {TIMES} of {TIMES}, saved in {slowest:.1f} s at most")
     assert slowest < 10
 
 

@@ -184,9 +184,9 @@ class Running:
                 process.kill()
             process.join()
 
-    def wait(self) -> Ran:
+    def wait(self, timeout: float = TIMEOUT) -> Ran:
         """Return when all ranks have ended; the worst exit code counts."""
-        end = time.monotonic() + TIMEOUT
+        end = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
         hung = any(process.is_alive() for process in self.processes)
