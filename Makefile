@@ -1,10 +1,10 @@
-# make quickstart | sft_quickstart | real | test | slow | cases | check | docs | clean — everything happens in .venv
+# make quickstart | sft_quickstart | real | test | slow | cases | reliability | check | docs | clean; all in .venv
 PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
 BIN = .venv/bin
 RUN = $(BIN)/lit_longctx
 
-.PHONY: quickstart sft_quickstart real test slow cases check docs venv clean
+.PHONY: quickstart sft_quickstart real test slow cases reliability check docs venv clean
 
 # one install for everything: `make test` after `make quickstart` finds nothing left to do
 venv: .venv/installed
@@ -60,6 +60,9 @@ slow: venv
 cases: venv
 	$(BIN)/python tests/test_cases.py
 
+reliability: venv
+	$(BIN)/python tests/reliability/table.py -n 2 --dist worksteal
+
 check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -70,5 +73,7 @@ check: venv
 docs: venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir runs/site
 
+# what the targets above made; data, runs and checkpoints of yours stay
 clean:
-	rm -rf .venv checkpoints data runs exports
+	rm -rf .venv checkpoints/smollm2 data/stdlib data/sft_quickstart data/sft_*.jsonl* data/real data/smollm2 \
+	    runs/quickstart* runs/sft_quickstart* runs/real* runs/site exports/quickstart exports/real

@@ -22,7 +22,7 @@ from lit_longctx.evaluation.evaluate import evaluate
 from lit_longctx.evaluation.loss.held_out import LossRows
 from lit_longctx.evaluation.retrieval.grid import Grid
 from lit_longctx.generate import generate_text
-from lit_longctx.training import callbacks, module, parallel, probes, schedule
+from lit_longctx.training import checkpoints, module, parallel, probes, schedule
 
 QUALIFIED = re.compile(r"\b(?:\w+\.)+(?=\w)")
 """Modules before the name of a class."""
@@ -45,7 +45,7 @@ SECTIONS: dict[str, list[Callable[..., Any]]] = {
     "fit: `data.position_transform`": [PoSE, SkipAlign, E2LLM],
     "fit: `trainer` and the rest": [
         parallel.FSDP2Strategy,
-        callbacks.Checkpoints,
+        checkpoints.Checkpoints,
         probes.Probes,
         LossRows,
         Grid,

@@ -41,16 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from lit_longctx.checkpoint.trust import trusting
 
             with trusting():
-                run(given[0], given[1:])
-        else:
-            run(given[0], given[1:])
+                return run(given[0], given[1:])
+        return run(given[0], given[1:])
     except KeyboardInterrupt:
         return complain("interrupted")
     except Exception as error:
         if debug:
             raise
         return complain(one_line(error))
-    return 0
 
 
 def usage() -> str:
@@ -63,16 +61,16 @@ def usage() -> str:
     )
 
 
-def run(verb: str, rest: list[str]) -> None:
-    """Import what the verb needs, and only that, and run it."""
+def run(verb: str, rest: list[str]) -> int:
+    """Import what the verb needs, and only that, and run it; return the exit code."""
     if verb not in VERBS:
         raise ValueError(f"verb {verb!r} unknown; expected one of {', '.join(VERBS)}")
     if verb in ("fit", "validate", "test"):
         from lit_longctx.training.fit import fit
 
-        fit([verb, *rest])
-        return
+        return fit([verb, *rest])
     call(_function(verb), verb, rest)
+    return 0
 
 
 def _function(verb: str) -> Callable[..., Any]:

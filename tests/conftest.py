@@ -3,12 +3,14 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; tests are small
 
 import differences
+import figures
 import lightning.pytorch  # noqa: F401 -- what the hook sees imported is compiled anew, so before it
 import litdata  # noqa: F401
 import pytest
@@ -41,5 +43,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
+    figures.FOUND.clear()
+    yield
+    request.node.user_properties += [("figure", text) for text in figures.FOUND]

@@ -486,15 +486,9 @@ def test_a_run_prints_nothing_but_its_progress():
     assert lines[-1] == f"wrote {ran.folder} (checkpoint step-00000030)"
 
 
-@pytest.mark.parametrize(
-    ("number", "message"),
-    [
-        (signal.SIGINT, "interrupted"),
-        (signal.SIGTERM, "stopped by SIGTERM; go on with --ckpt_path last"),
-    ],
-)
-def test_a_run_that_is_stopped_does_not_pass_for_finished(
-    number: signal.Signals, message: str, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_saves_and_says_that_it_can_go_on(
+    number: signal.Signals, tmp_path: Path
 ):
     running = runs.Running(runs.fitting(tmp_path, "--trainer.max_steps", 10_000), tmp_path)
     witness = tmp_path / "witness-0.jsonl"
@@ -502,7 +496,13 @@ def test_a_run_that_is_stopped_does_not_pass_for_finished(
         assert running.alive(), running.wait().err
         time.sleep(0.01)
     os.kill(running.processes[0].pid, number)
-    assert error(running.wait()) == message
+    ran = running.wait()
+    assert (ran.code, ran.err) == (75, "")
+    step = max(runs.witnessed(tmp_path))
+    last = f"stopped by {number.name} at step {step}; go on with --ckpt_path last"
+    assert ran.out.splitlines()[-1] == last
+    assert json.loads((tmp_path / "preempted").read_text())["step"] == step
+    assert (tmp_path / f"checkpoints/step-{step:08d}/{manifest.NAME}").is_file()
 
 
 # ---- the other verbs

@@ -1,6 +1,5 @@
-"""What watches a run: the progress line, throughput, checkpoints, the run folder."""
+"""What watches a run: the progress line and throughput; what its folder keeps beside."""
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from lit_longctx.checkpoint.companions import keep, keep_tokenizer
 from lit_longctx.data.sampling.data_description import TrainingData, describe_data
 from lit_longctx.progress import EVERY, Heartbeat, TimeLeft
 from lit_longctx.training.module import LanguageModule
-from lit_longctx.training.run_lock import RunLock
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -194,85 +192,6 @@ def never_validated(trainer: Trainer) -> str | None:
     if isinstance(every, int) and end // every == begin // every:
         return f"val_check_interval is {every} steps and the run ends at step {end}"
     return None
-
-
-class Checkpoints(Callback):
-    """Saves to RUN/checkpoints/step-N every few steps, by the clock, and at the end.
-
-    Args:
-        every_n_steps: Steps between two checkpoints.
-        every_minutes: Minutes after which a step is saved in any case; by the first process' clock.
-        keep: Checkpoints kept; older ones are deleted once a newer one is whole.
-    """
-
-    def __init__(
-        self, every_n_steps: int = 500, keep: int = 2, every_minutes: float = 30.0
-    ) -> None:
-        if keep < 1:
-            raise ValueError(f"keep {keep}: at least one checkpoint must stay")
-        if every_n_steps < 1:
-            raise ValueError(f"checkpoints.every_n_steps {every_n_steps} must be 1 or more")
-        if every_minutes <= 0:
-            raise ValueError(f"checkpoints.every_minutes {every_minutes} must be above 0")
-        self.every_n_steps = every_n_steps
-        self.every_minutes = every_minutes
-        self.saved_at = time.monotonic()
-        self.keep = keep
-        self.saved = -1
-        self.lock: RunLock | None = None
-
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        """Take the run folder for this run alone; every process learns of it if that fails."""
-        fault = None
-        if stage == "fit" and trainer.is_global_zero:
-            try:
-                self.lock = RunLock(run_folder(trainer))
-            except ValueError as error:
-                fault = str(error)
-        if fault := trainer.strategy.broadcast(fault):
-            raise ValueError(fault)
-
-    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        """Let another run have the folder."""
-        if self.lock:
-            self.lock.release()
-            self.lock = None
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Say so if only the end will be saved; remove what an earlier process left half saved."""
-        self.saved_at = time.monotonic()
-        every, end = self.every_n_steps, trainer.max_steps
-        if trainer.is_global_zero:
-            if end // every == trainer.global_step // every:
-                print(
-                    f"checkpoints: none before the end at step {end}, as every_n_steps is {every}"
-                )
-            for torn in (run_folder(trainer) / "checkpoints").glob("*.tmp-*"):
-                shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, i: int
-    ) -> None:
-        """Save when it is time."""
-        late = time.monotonic() - self.saved_at > 60 * self.every_minutes
-        if trainer.global_step % self.every_n_steps == 0 or trainer.strategy.broadcast(late):
-            self._save(trainer)
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Save the last state."""
-        if trainer.global_step != self.saved:
-            self._save(trainer)
-        if trainer.is_global_zero:
-            print(f"wrote {run_folder(trainer)} (checkpoint step-{trainer.global_step:08d})")
-
-    def _save(self, trainer: Trainer) -> None:
-        folder = run_folder(trainer) / "checkpoints"
-        trainer.save_checkpoint(folder / f"step-{trainer.global_step:08d}")
-        self.saved, self.saved_at = trainer.global_step, time.monotonic()
-        steps = sorted(p for p in folder.glob("step-????????") if p.is_dir())
-        older = [p for p in steps if int(p.name[5:]) < self.saved]
-        for path in older[: max(0, len(older) + 1 - self.keep)]:
-            trainer.strategy.remove_checkpoint(path)
 
 
 class KeepTokenizer(Callback):

@@ -12,17 +12,20 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.tensorboard.summary import hparams
 
 import lit_longctx.data.finetuning
 import lit_longctx.data.pretraining  # noqa: F401 - makes the classes known by their short names
-from lit_longctx.training.callbacks import Checkpoints, KeepTokenizer, ProgressLine
+from lit_longctx.stop_signals import Preempted
+from lit_longctx.training.callbacks import KeepTokenizer, ProgressLine
+from lit_longctx.training.checkpoints import Checkpoints, checkpoints_of
 from lit_longctx.training.module import LanguageModule
 from lit_longctx.training.parallel import FSDP2Strategy  # noqa: F401 - likewise
 from lit_longctx.training.probes import Probes  # noqa: F401 - likewise
+from lit_longctx.training.watchdog import Watchdog, explain
 
 TRAINER = {
     "strategy": {"class_path": "lit_longctx.training.parallel.FSDP2Strategy"},
@@ -108,6 +111,10 @@ class CLI(LightningCLI):
         options = self.config_init[self.subcommand].trainer
         if options.get("logger") in (None, True):
             kwargs["logger"] = RunLog(options.default_root_dir)
+        by_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+        if by_slurm and options.get("plugins") is None:
+            # Lightning's own requeueing saves inside of a signal handler
+            kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]
         return super().instantiate_trainer(**kwargs)
 
 
@@ -154,32 +161,44 @@ def find_checkpoint(run: Path, asked: str | None, resume: bool) -> str | None:
     return asked
 
 
-def fit(arguments: list[str]) -> None:
-    """Run LightningCLI with these arguments."""
+def fit(arguments: list[str]) -> int:
+    """Run LightningCLI with these arguments; return the exit code, 75 if a signal stopped it."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    watchdog = Watchdog()
     try:
-        run_cli(arguments)
-    except SIGTERMException as end:  # an exit without a code: the run would pass for finished
-        raise InterruptedError("stopped by SIGTERM; go on with --ckpt_path last") from end
+        run_cli(arguments, watchdog)
+    except Preempted as end:
+        return end.code
+    except SIGTERMException as end:  # an exit without a code: a test would pass for finished
+        raise InterruptedError("stopped by SIGTERM") from end
     except SystemExit as end:
         if end.code:  # Lightning's answer to Ctrl-C, given without a word
             raise KeyboardInterrupt from end
         raise
+    except Exception as error:
+        if watchdog.another_failed:  # and says why
+            return 1
+        raise explain(error) from error
+    return 0
 
 
-def run_cli(arguments: list[str]) -> None:
+def run_cli(arguments: list[str], watchdog: Watchdog) -> None:
     """Parse the arguments, build everything and run the verb."""
-    CLI(
+    cli = CLI(
         LanguageModule,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_callback=SaveSettings,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={**TRAINER, "callbacks": [KeepTokenizer()]},
+        trainer_defaults={**TRAINER, "callbacks": [KeepTokenizer(), watchdog]},
         parser_kwargs={"exit_on_error": False},
         seed_everything_default=0,
         auto_configure_optimizers=False,  # options that would put aside the module's own
         args=arguments,
     )
+    saving = checkpoints_of(cli.trainer)
+    if any(each.unvalidated == cli.trainer.global_step for each in saving):
+        # of the last step: Lightning has found nothing to do
+        cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)

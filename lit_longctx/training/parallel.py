@@ -172,18 +172,18 @@ class FSDP2Strategy(ModelParallelStrategy):
         target = Path(self.broadcast(filepath))
         temporary = Path(self.broadcast(manifest.beside(target)))
         description = checkpoint.pop("model_description", None)
-        with plain_errors():
+        with whole_or_nothing(temporary, target):
             super().save_checkpoint(checkpoint, temporary, storage_options)
-        if self.global_rank == 0 and description:
-            manifest.write_text(temporary / MODEL, json.dumps(description, indent=1) + "\n")
-        self.barrier()
-        hashes = self._hash_share(temporary)
-        if self.global_rank == 0:
-            manifest.seal(temporary, hashes)
-            if target.exists():  # the same step again, after a resume from before it
-                shutil.rmtree(target)
-            manifest.publish(temporary, target)
-            manifest.write_text(target.parent / "latest", target.name + "\n")
+            if self.global_rank == 0 and description:
+                manifest.write_text(temporary / MODEL, json.dumps(description, indent=1) + "\n")
+            self.barrier()
+            hashes = self._hash_share(temporary)
+            if self.global_rank == 0:
+                manifest.seal(temporary, hashes)
+                if target.exists():  # the same step again, after a resume from before it
+                    shutil.rmtree(target)
+                manifest.publish(temporary, target)
+                manifest.write_text(target.parent / "latest", target.name + "\n")
         self.barrier()
 
     def _hash_share(self, folder: Path) -> dict[str, str]:
@@ -247,3 +247,24 @@ def plain_errors() -> Iterator[None]:
     except CheckpointException as error:
         fault, _ = next(iter(error.failures.values()))
         raise fault from error
+
+
+@contextmanager
+def whole_or_nothing(temporary: Path, target: Path) -> Iterator[None]:
+    """Remove what was half saved; say so in one line where the disk would not take it.
+
+    torch's writer tells of its own file positions only, whatever the disk's error was.
+    """
+    try:
+        with plain_errors():
+            yield
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        why = error.strerror if isinstance(error, OSError) else "the disk or a quota is full"
+        free = shutil.disk_usage(target.parent).free / 1e6
+        raise OSError(
+            f"{target} was not saved: {why}; {free:,.0f} MB are free there; older checkpoints are "
+            "whole: make room and go on with --ckpt_path last"
+        ) from error

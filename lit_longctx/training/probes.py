@@ -15,6 +15,7 @@ from lit_longctx.evaluation.retrieval.grid import Grid, Probe
 from lit_longctx.evaluation.retrieval.prompts import Haystack
 from lit_longctx.evaluation.retrieval.scoring import teacher_forced
 from lit_longctx.model import Llama
+from lit_longctx.training.checkpoints import checkpoints_of
 from lit_longctx.training.module import LanguageModule
 
 
@@ -81,6 +82,8 @@ class Probes(Callback):
         assert isinstance(llama, Llama)
         rank, ranks = data_rank(module.trainer)
         for first in range(0, len(items), ranks):
+            for each in checkpoints_of(module.trainer):
+                each.stop_validation_if_asked(module.trainer)
             number = first + rank
             answer = teacher_forced(llama, [probe.sample(items[min(number, len(items) - 1)])])[0]
             if number < len(items):

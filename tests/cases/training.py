@@ -5,7 +5,8 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule, LightningModule
 from training.runs import own_process_group, quiet_trainer
 
-from lit_longctx.training.callbacks import Checkpoints, KeepTokenizer
+from lit_longctx.training.callbacks import KeepTokenizer
+from lit_longctx.training.checkpoints import Checkpoints
 
 
 def trained(

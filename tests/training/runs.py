@@ -184,9 +184,9 @@ class Running:
                 process.kill()
             process.join()
 
-    def wait(self) -> Ran:
+    def wait(self, timeout: float = TIMEOUT) -> Ran:
         """Return when all ranks have ended; the worst exit code counts."""
-        end = time.monotonic() + TIMEOUT
+        end = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
         hung = any(process.is_alive() for process in self.processes)
@@ -269,7 +269,13 @@ def fit(folder: Path, *arguments: Any, ranks: int = 1) -> Ran:
     return run(*fitting(folder, *arguments), folder=folder, ranks=ranks)
 
 
-def torchrun(ranks: int, arguments: Sequence[Any], folder: Path) -> Ran:
+def torchrun(
+    ranks: int,
+    arguments: Sequence[Any],
+    folder: Path,
+    options: Sequence[str] = (),
+    then: Callable[[subprocess.Popen[bytes]], None] = lambda _: None,
+) -> Ran:
     """Start a run as a user does, by torchrun; its output goes to a file."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "LOCAL_"))}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
@@ -277,13 +283,14 @@ def torchrun(ranks: int, arguments: Sequence[Any], folder: Path) -> Ran:
     log = Path(tempfile.mkdtemp(dir=workshop())) / "torchrun"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, *launch, "-m", "lit_longctx.cli", *map(str, arguments)],
+            [sys.executable, *launch, *options, "-m", "lit_longctx.cli", *map(str, arguments)],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
         )
         try:
+            then(process)
             code = process.wait(TIMEOUT)
         finally:
             if process.poll() is None:

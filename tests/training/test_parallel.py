@@ -23,7 +23,7 @@ from lit_longctx import manifest
 from lit_longctx.batch import StepBatch, pack
 from lit_longctx.checkpoint import load_pretrained, newest_whole
 from lit_longctx.model import Llama, LlamaConfig
-from lit_longctx.training.callbacks import Checkpoints
+from lit_longctx.training.checkpoints import Checkpoints
 from lit_longctx.training.module import ContinualPretrain
 from lit_longctx.training.parallel import apply_sharding
 

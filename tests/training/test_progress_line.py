@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from training.runs import own_process_group, quiet_trainer
 from training.test_module import CONFIG, rows, step
 
-from lit_longctx.training.callbacks import Checkpoints, ProgressLine
+from lit_longctx.training.callbacks import ProgressLine
+from lit_longctx.training.checkpoints import Checkpoints
 from lit_longctx.training.module import ContinualPretrain
 
 

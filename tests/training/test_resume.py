@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from figures import figure
 from training import runs
 
 from lit_longctx import manifest
@@ -71,7 +72,7 @@ def test_other_layout_goes_on_with_the_same_samples_and_losses(
     expected = after_start(runs.alone())
     assert runs.samples(found) == runs.samples(expected)
     difference = runs.largest_difference(runs.losses(found), runs.losses(expected))
-    print(f"{before} to {ranks}, micro-batch {micro_batch_size}: loss differs by {difference:.1e}")
+    figure(f"{before} to {ranks} processes, micro-batch {micro_batch_size}: {difference:.0e}")
     assert difference <= 1e-6
 
 
@@ -187,7 +188,7 @@ def test_random_kills_leave_no_trace(workers: int, every: int, tmp_path: Path):
     found, expected = runs.witnessed(killed), runs.witnessed(whole)
     seen = [row[0] for step in runs.samples(found) for row in step]
     lost, repeated = set(range(runs.BATCH * STEPS)) - set(seen), len(seen) - len(set(seen))
-    print(f"{KILLS} kills: {len(lost)} samples lost, {repeated} repeated")
+    figure(f"{KILLS} kills: {len(lost)} samples lost, {repeated} repeated")
     assert (lost, repeated) == (set(), 0)
     assert found == expected
     ours, uninterrupted = (

@@ -18,6 +18,7 @@ from lit_longctx.data.sampling.position_transforms import PositionTransform
 from lit_longctx.data.sampling.sample_index import SampleIndex
 from lit_longctx.data.sampling.stages import Stage, StageSchedule
 from lit_longctx.data.tokens.info import TokenizerInfo
+from lit_longctx.stop_signals import outlive_stop_signals
 
 Rows = list[tuple[int, int, int]]
 """(source, window, sample) of each row; window −1 is padding, without targets."""
@@ -154,6 +155,7 @@ class StepData(TrainingData, ABC):
             sampler=sampler,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=outlive_stop_signals,
         )
 
 
