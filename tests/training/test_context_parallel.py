@@ -21,6 +21,7 @@ from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.model.layers import LayerKind, Layers
 from lit_longctx.position import DynamicNTK, LongRoPE, RoPE, TransformerXL, XPos, YaRN
 from lit_longctx.training import parallel
+from lit_longctx.training.activations import apply_levers
 from lit_longctx.training.fit import fill_in_launcher
 
 SEQ = 96
@@ -171,10 +172,9 @@ def under_everything(rank: int) -> None:
     plain.loss(batch)[0].backward()
     for name in NAMES:
         spread = build("YaRN", "GQA")
-        parallel.apply_recompute(spread)
-        parallel.apply_activation_checkpointing(spread)
+        apply_levers(spread, "block", "block_inputs", mlp_tile_tokens=20)
         parallel.apply_compile(spread)
-        apply_context_parallel(spread, context_parallel(name, None))
+        apply_context_parallel(spread, context_parallel(name, None, 1))
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         parallel.apply_sharding(spread, mesh, torch.float32)
         spread.loss(batch)[0].backward()
