@@ -193,7 +193,7 @@ class GatheredLayer(LayerSource):
         found = [of_group(*group) for group in zip(*parts, strict=True)]
         return torch.cat(found, dim=2).view(*q.shape[:3], v.shape[-1])
 
-    def _seen(self, x: KVHeads, parts: ShardParts) -> Float[Tensor, "1 keys kv_heads head_dim"]:
+    def _seen(self, x: KVHeads, parts: ShardParts) -> Float[Tensor, "1 seen kv_heads head_dim"]:
         sent = x if parts.sent is None else x[:, parts.sent]
         found = Gather.apply(sent, self.context.group).flatten(0, 2)
         if parts.sent is not None:

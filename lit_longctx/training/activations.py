@@ -141,7 +141,8 @@ def apply_mlp_tiles(llama: Llama, tokens: int) -> None:
     """
     for module in llama.modules():
         if isinstance(module, MLP):
-            module.forward = partial(_by_tiles, module, module.forward, tokens)
+            forward = partial(_by_tiles, module, module.forward, tokens)
+            cast(Any, module).forward = forward
 
 
 @torch.compiler.disable

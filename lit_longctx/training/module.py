@@ -30,7 +30,11 @@ from lit_longctx.model.memory import Memory
 from lit_longctx.position import PositionScheme, RoPE
 from lit_longctx.training import parallel
 from lit_longctx.training.activations import Offload, Recompute, apply_levers, check_levers
-from lit_longctx.training.optimizers import OptimizerName, make_optimizer
+from lit_longctx.training.optimizers import (
+    OptimizerName,
+    make_optimizer,
+    set_learning_rate,
+)
 from lit_longctx.training.schedule import Schedule, WarmupCosine
 from lit_longctx.training.settings import StageSettings
 from lit_longctx.training.step import StepResult, accumulate_gradients
@@ -237,8 +241,7 @@ class LanguageModule(LightningModule, ABC):
             optimizer.zero_grad()
             raise FloatingPointError(self._describe_blow_up(step, found))
         rate = settings.learning_rate_at(self.global_step, self.trainer.max_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(optimizer, rate)
         optimizer.step()
         optimizer.zero_grad()
         self._count(step.next_sample)

@@ -42,6 +42,15 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
+def set_learning_rate(optimizer: Any, rate: float) -> None:
+    """Set the rate of all groups; torchao keeps it in a tensor, which must stay the same one."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 @final
 class AdamWBF16Moments(torch.optim.Optimizer):
     """AdamW that keeps both moments in bfloat16 and computes in float32.
@@ -85,6 +94,7 @@ class AdamWBF16Moments(torch.optim.Optimizer):
         return loss
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)

@@ -23,6 +23,7 @@ from lit_longctx.position import DynamicNTK, LongRoPE, RoPE, TransformerXL, XPos
 from lit_longctx.training import parallel
 from lit_longctx.training.activations import apply_levers
 from lit_longctx.training.fit import fill_in_launcher
+from lit_longctx.training.optimizers import make_optimizer
 
 SEQ = 96
 FACTORS = {"short_factor": [1.0] * 4, "long_factor": [1.5, 2.5, 3.5, 4.5]}
@@ -183,6 +184,25 @@ def under_everything(rank: int) -> None:
             assert (grad - own.grad).abs().max() <= 1e-5 * own.grad.abs().max(), name
 
 
+def offloaded_weights(rank: int) -> None:
+    """Shards in host memory train as those on the device: on a CPU, all but the copies."""
+    batch = laid_out("packed")
+    trained = []
+    for cpu_offload in (False, True):
+        llama = build("RoPE", "GQA")
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        parallel.apply_sharding(llama, mesh, torch.float32, cpu_offload)
+        groups = [{"params": list(llama.parameters())}]
+        optimizer = make_optimizer("adamw_bf16_moments", groups, 0.1, (0.9, 0.95))
+        for _ in range(2):
+            llama.loss(batch)[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append([weight.full_tensor() for weight in llama.parameters()])
+    for found, expected in zip(*trained, strict=True):
+        assert torch.equal(found, expected)
+
+
 def in_group(rank: int, world: int, port: int, jobs: list[tuple[Callable, Any]]) -> None:
     """Do all jobs in one process group."""
     torch.set_num_threads(1)
@@ -216,7 +236,7 @@ def test_two_processes_share_rows_as_one_would_have_them():
 
 @pytest.mark.slow
 def test_two_processes_share_every_kind_of_row():
-    launch(2, [*jobs(EVERY_CASE), (under_everything, 0)])
+    launch(2, [*jobs(EVERY_CASE), (under_everything, 0), (offloaded_weights, 0)])
 
 
 @pytest.mark.slow
