@@ -25,7 +25,7 @@ from lit_longctx.context_parallel import (
 )
 from lit_longctx.model import Llama, LlamaConfig, initial_weight
 from lit_longctx.position import RoPE
-from lit_longctx.training.parallel import apply_recompute
+from lit_longctx.training.activations import apply_recompute
 
 SMALL_HEAD: dict[str, Any] = {**SHAPE, "vocab_size": 2048}
 """The head's buffers do not depend on the number of tokens."""

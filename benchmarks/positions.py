@@ -30,7 +30,7 @@ from lit_longctx.batch import Batch, one_document, pack
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.model.layers import Layers
 from lit_longctx.model.sdpa import SDPA
-from lit_longctx.training.parallel import apply_recompute
+from lit_longctx.training.activations import apply_recompute
 
 torch.set_num_threads(2)  # here, so that it holds in the processes that measure memory too
 CUDA = torch.cuda.is_available()

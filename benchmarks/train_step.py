@@ -47,7 +47,7 @@ def ours(tokens: int, documents: int):
     from lit_longctx.batch import pack
     from lit_longctx.model import Llama, LlamaConfig, initial_weight
     from lit_longctx.position import RoPE
-    from lit_longctx.training.parallel import apply_recompute
+    from lit_longctx.training.activations import apply_recompute
 
     llama = Llama(LlamaConfig(**SHAPE), RoPE())
     apply_recompute(llama)

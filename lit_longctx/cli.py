@@ -109,9 +109,9 @@ def call(function: Callable[..., Any], verb: str, rest: list[str]) -> None:
 
 
 def complain(message: str) -> int:
-    """Print an error and return the exit code."""
+    """Print an error and return the exit code: 2 for a key of earlier configs, else 1."""
     print(f"lit_longctx: error: {message}", file=sys.stderr)
-    return 1
+    return 2 if NOW_CALLED in message else 1
 
 
 TRACEBACK = re.compile(r"^\s*(?:\w+\.)*\w+(?:Error|Exception): ", re.MULTILINE)
@@ -133,8 +133,10 @@ RENAMED = {
     "places": "position_transform",
     "forced": "teacher_forced",
     "FromNothing": "TemplatedTask",
+    "activation_checkpointing": "recompute: block",
 }
 """Options and values of earlier configs."""
+NOW_CALLED = " is now called "
 
 
 def one_line(error: BaseException) -> str:
@@ -150,7 +152,7 @@ def one_line(error: BaseException) -> str:
         text = f"{text}; expected one of {', '.join(known)}"
     for old, new in RENAMED.items():
         if re.search(rf"[ .'\"]{old}[ .,'\"]", f" {text} "):
-            text += f"; {old} is now called {new}"
+            text += f"; {old}{NOW_CALLED}{new}"
     text = text.strip() or type(error).__name__
     return text if len(text) < 500 else text[:497] + "…"
 

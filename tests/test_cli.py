@@ -91,6 +91,13 @@ def test_debug_shows_the_traceback():
     assert ran.err.splitlines()[-1].startswith("ValueError: verb 'fly' unknown")
 
 
+def test_a_key_of_earlier_configs_is_refused_with_its_new_name():
+    old = ["--model.init_args.activation_checkpointing", "true"]
+    ran = runs.run("fit", "--config", str(runs.config()), *old)
+    assert ran.code == 2
+    assert ran.err.endswith("activation_checkpointing is now called recompute: block\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "culprits"),
     [

@@ -107,6 +107,6 @@ class ExchangedLayer(LayerSource):
         parts = torch.stack(x.chunk(self.context.size, dim=2))
         return torch.cat(Exchange.apply(parts, self.context.group).unbind(), dim=1)
 
-    def _tokens_for_heads(self, x: Heads) -> Float[Tensor, "batch local heads head_dim"]:
+    def _tokens_for_heads(self, x: Heads) -> Float[Tensor, "batch local all_heads head_dim"]:
         parts = torch.stack(x.chunk(self.context.size, dim=1))
         return torch.cat(Exchange.apply(parts, self.context.group).unbind(), dim=2)

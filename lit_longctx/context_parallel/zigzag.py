@@ -2,6 +2,7 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, final
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
 from lit_longctx.batch import Batch, Documents, pad_rows
 from lit_longctx.context_parallel.balance import chunks_of, imbalance
@@ -169,7 +171,11 @@ class GatheredLayer(LayerSource):
     def attend(
         self, q: Heads, k: KVHeads, v: Values, mask: ShardParts, kernel: Kernel
     ) -> Float[Tensor, "batch queries heads value_dim"]:
-        """Attend by groups of heads; rows are joined to one, since their key lengths differ."""
+        """Attend by groups of heads; rows are joined to one, since their key lengths differ.
+
+        Backward gathers the keys of several groups again, and computes their attention again, so
+        that keys of one group exist at a time.
+        """
         at_once = self.context.kv_heads_at_once or k.shape[2]
         queries_of_each = q.shape[2] // k.shape[2]
         parts = (
@@ -177,13 +183,17 @@ class GatheredLayer(LayerSource):
             k.split(at_once, dim=2),
             v.split(at_once, dim=2),
         )
-        found = [
-            kernel(qs, self._seen(ks, mask), self._seen(vs, mask), mask.mask)
-            for qs, ks, vs in zip(*parts, strict=True)
-        ]
+
+        def of_group(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return kernel(q, self._seen(k, mask), self._seen(v, mask), mask.mask)
+
+        if len(parts[0]) > 1 and torch.is_grad_enabled():
+            again = {"use_reentrant": False, "preserve_rng_state": False}
+            of_group = partial(checkpoint, of_group, **again)
+        found = [of_group(*group) for group in zip(*parts, strict=True)]
         return torch.cat(found, dim=2).view(*q.shape[:3], v.shape[-1])
 
-    def _seen(self, x: KVHeads, parts: ShardParts) -> Float[Tensor, "1 keys kv_heads head_dim"]:
+    def _seen(self, x: KVHeads, parts: ShardParts) -> Float[Tensor, "1 seen kv_heads head_dim"]:
         sent = x if parts.sent is None else x[:, parts.sent]
         found = Gather.apply(sent, self.context.group).flatten(0, 2)
         if parts.sent is not None:

@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_longctx.batch import NO_TARGET
 
-LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**27}
+LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**27, "meta": 2**27}
 """Logits that exist at a time: 32 MiB in float32, a processor's cache, or 512 MiB on a GPU."""
 
 
 def rows_at_once(weight: Float[Tensor, "vocab width"]) -> int:
-    """Rows per chunk; at least 256, below which the matrix products lose speed."""
+    """Tokens per chunk by memory; at least 256, below which the matrix products lose speed."""
     return max(256, LOGITS_AT_ONCE.get(weight.device.type, 2**24) // len(weight))
 
 
@@ -27,6 +27,7 @@ def token_nats(
     hidden: Float[Tensor, "tokens width"],
     weight: Float[Tensor, "vocab width"],
     labels: Int[Tensor, " tokens"],
+    chunk_tokens: int | None = None,
 ) -> Float[Tensor, " tokens"]:
     """−ln p(label) of each token, 0 where there is no target; recomputes the logits in backward.
 
@@ -34,7 +35,7 @@ def token_nats(
     `weighted_loss`.
     """
     rows = (labels != NO_TARGET).nonzero().flatten()
-    chunks = rows.split(rows_at_once(weight))
+    chunks = rows.split(chunk_tokens or rows_at_once(weight))
     found = [
         checkpoint(_nats, hidden[chunk], weight, labels[chunk], use_reentrant=False)
         for chunk in chunks
@@ -55,6 +56,7 @@ def token_top1_correct(
     hidden: Float[Tensor, "tokens width"],
     weight: Float[Tensor, "vocab width"],
     labels: Int[Tensor, " tokens"],
+    chunk_tokens: int | None = None,
 ) -> tuple[Float[Tensor, " tokens"], Bool[Tensor, " tokens"]]:
     """Return nats of each token, and whether it is the likeliest; 0 and False without target.
 
@@ -62,7 +64,8 @@ def token_top1_correct(
     """
     nats = hidden.new_zeros(len(labels), dtype=torch.float32)
     top1_correct = torch.zeros_like(labels, dtype=torch.bool)
-    for chunk in (labels != NO_TARGET).nonzero().flatten().split(rows_at_once(weight)):
+    rows = (labels != NO_TARGET).nonzero().flatten()
+    for chunk in rows.split(chunk_tokens or rows_at_once(weight)):
         logits = (hidden[chunk] @ weight.T).float()
         nats[chunk] = F.cross_entropy(logits, labels[chunk], reduction="none")
         top1_correct[chunk] = logits.argmax(-1) == labels[chunk]
@@ -74,6 +77,7 @@ def weighted_loss(
     weight: Float[Tensor, "vocab width"],
     labels: Int[Tensor, " tokens"],
     loss_weights: Float[Tensor, " tokens"],
+    chunk_tokens: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " tokens"]]:
     """Return (Σ w·nats with gradient, nats detached); gradients are taken during the forward pass.
 
@@ -81,7 +85,8 @@ def weighted_loss(
     all.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    inputs = (hidden, weight, labels, loss_weights, needs_grad)
+    chunk_tokens = chunk_tokens or rows_at_once(weight)
+    inputs = (hidden, weight, labels, loss_weights, needs_grad, chunk_tokens)
     loss, nats = _WeightedLoss.apply(*inputs)  # pyright: ignore[reportGeneralTypeIssues]
     return loss, nats
 
@@ -95,13 +100,14 @@ class _WeightedLoss(torch.autograd.Function):
         labels: Tensor,
         loss_weights: Tensor,
         needs_grad: bool,
+        chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
         nats = hidden.new_zeros(len(labels), dtype=torch.float32)
         grad_hidden = torch.zeros_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         rows = (labels != NO_TARGET).nonzero().flatten()
         # one buffer for all chunks: fresh pages would cost the CPU as much as the product itself
-        buffer = hidden.new_empty(min(len(rows), rows_at_once(weight)), len(weight))
+        buffer = hidden.new_empty(min(len(rows), chunk_tokens), len(weight))
         for chunk in rows.split(max(1, len(buffer))):
             h, label = hidden[chunk], labels[chunk].unsqueeze(1)
             logits = torch.mm(h, weight.T, out=buffer[: len(h)]).float()
@@ -130,4 +136,4 @@ class _WeightedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         grad_hidden, grad_weight = grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss)
-        return grad_hidden, grad_weight.to(ctx.weight_dtype), None, None, None
+        return grad_hidden, grad_weight.to(ctx.weight_dtype), None, None, None, None

@@ -212,6 +212,8 @@ class Llama(nn.Module):
         self.model = Decoder(config, self.layers, self.backend)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head_chunk_tokens: int | None = None
+        """Tokens whose logits exist at a time; None: by memory. Set from outside."""
         self.start: Any = None
         """Checkpoint that the weights are from; an export takes over what else belongs to it."""
 
@@ -237,8 +239,9 @@ class Llama(nn.Module):
 
     def forward(self, batch: Batch, source: KeySource = OWN) -> Float[Tensor, "batch seq"]:
         """Nats of each target, float32, 0 where there is none; backward recomputes the head."""
-        hidden = self.hidden(batch, source).flatten(0, 1)
-        return token_nats(hidden, self.head_weight, batch.labels.flatten()).view(batch.labels.shape)
+        hidden, labels = self.hidden(batch, source).flatten(0, 1), batch.labels
+        nats = token_nats(hidden, self.head_weight, labels.flatten(), self.head_chunk_tokens)
+        return nats.view(labels.shape)
 
     def loss(
         self, batch: Batch, source: KeySource = OWN
@@ -246,7 +249,8 @@ class Llama(nn.Module):
         """(Σ loss_weights·nats with gradient, nats detached): the cheaper one, for training."""
         hidden = self.hidden(batch, source).flatten(0, 1)
         labels, weights = batch.labels.flatten(), batch.loss_weights.flatten()
-        loss, nats = weighted_loss(hidden, self.head_weight, labels, weights)
+        at_once = self.head_chunk_tokens
+        loss, nats = weighted_loss(hidden, self.head_weight, labels, weights, at_once)
         return loss, nats.view(batch.labels.shape)
 
     def top1_correct(
@@ -254,7 +258,9 @@ class Llama(nn.Module):
     ) -> tuple[Float[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
         """(nats, whether each target is the likeliest token), without gradient."""
         hidden, labels = self.hidden(batch, source).flatten(0, 1), batch.labels
-        nats, top1_correct = token_top1_correct(hidden, self.head_weight, labels.flatten())
+        nats, top1_correct = token_top1_correct(
+            hidden, self.head_weight, labels.flatten(), self.head_chunk_tokens
+        )
         return nats.view(labels.shape), top1_correct.view(labels.shape)
 
     def logits(

@@ -8,7 +8,7 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from lit_longctx.batch import Documents
-from lit_longctx.position.rotary import Rotary, base_frequencies, cos_sin, turn
+from lit_longctx.position.rotary import Rotary, base_frequencies, cos_sin, rotate
 
 
 class RotateAndScale(nn.Module):
@@ -24,7 +24,7 @@ class RotateAndScale(nn.Module):
     ]:
         """`code` is [cos | sin] times the scale of q, then [cos | sin] times that of k."""
         q_cos, q_sin, k_cos, k_sin = code.unsqueeze(2).chunk(4, dim=-1)
-        return turn(q.float(), q_cos, q_sin).to(q.dtype), turn(k.float(), k_cos, k_sin).to(k.dtype)
+        return rotate(q, q_cos, q_sin), rotate(k, k_cos, k_sin)
 
 
 @dataclass(frozen=True)

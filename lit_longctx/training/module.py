@@ -29,6 +29,12 @@ from lit_longctx.model.keys import OWN, KeySource
 from lit_longctx.model.memory import Memory
 from lit_longctx.position import PositionScheme, RoPE
 from lit_longctx.training import parallel
+from lit_longctx.training.activations import Offload, Recompute, apply_levers, check_levers
+from lit_longctx.training.optimizers import (
+    OptimizerName,
+    make_optimizer,
+    set_learning_rate,
+)
 from lit_longctx.training.schedule import Schedule, WarmupCosine
 from lit_longctx.training.settings import StageSettings
 from lit_longctx.training.step import StepResult, accumulate_gradients
@@ -49,7 +55,15 @@ class LanguageModule(LightningModule, ABC):
         betas: AdamW's decay rates of first and second moment.
         gradient_clip: Largest gradient norm.
         compute_dtype: Dtype of products; master weights and gradient sums are float32.
-        activation_checkpointing: Recompute blocks in backward: less memory, a third more compute.
+        recompute: What backward computes again: `none`; `elementwise`, norms and SiLU;
+            `attention_kept`, whole blocks but their attention; `block`, whole blocks, for the least
+            memory and a third more compute.
+        offload: `block_inputs` keeps what blocks are recomputed from in host memory.
+        mlp_tile_tokens: Tokens that an MLP computes at a time, and again in backward; default: all.
+        head_chunk_tokens: Tokens whose logits exist at a time; default: as many as fit 512 MiB in
+            float32 (32 MiB on a CPU).
+        optimizer: `adamw`; `adamw_bf16_moments`, both moments in bfloat16; `adamw8bit`, torchao's.
+        cpu_offload: Keep weights, gradients and moments in host memory and step there (FSDP2).
         compile: torch.compile every block.
         seed: Decides random weights.
         memory: Windows that each row remembers (Transformer-XL); needs data with contiguous rows.
@@ -67,7 +81,12 @@ class LanguageModule(LightningModule, ABC):
         betas: tuple[float, float] = (0.9, 0.95),
         gradient_clip: float = 1.0,
         compute_dtype: Literal["bfloat16", "float32"] = "bfloat16",
-        activation_checkpointing: bool = False,
+        recompute: Recompute = "elementwise",
+        offload: Offload = "none",
+        mlp_tile_tokens: int | None = None,
+        head_chunk_tokens: int | None = None,
+        optimizer: OptimizerName = "adamw",
+        cpu_offload: bool = False,
         compile: bool = False,
         seed: int = 0,
         memory: int = 0,
@@ -93,7 +112,13 @@ class LanguageModule(LightningModule, ABC):
         self.betas = betas
         self.gradient_clip = gradient_clip
         self.compute_dtype: torch.dtype = getattr(torch, compute_dtype)
-        self.activation_checkpointing = activation_checkpointing
+        check_levers(recompute, offload, mlp_tile_tokens, head_chunk_tokens)
+        self.recompute: Recompute = recompute
+        self.offload: Offload = offload
+        self.mlp_tile_tokens = mlp_tile_tokens
+        self.head_chunk_tokens = head_chunk_tokens
+        self.optimizer_name: OptimizerName = optimizer
+        self.cpu_offload = cpu_offload
         self.compile_blocks = compile
         self.seed = seed
         self.memory = memory
@@ -119,19 +144,22 @@ class LanguageModule(LightningModule, ABC):
             attention = automatic(self.trainer.strategy.root_device, self.compute_dtype)
         with torch.device("meta"):
             llama = Llama(self.config, self.layers, attention)
-        parallel.apply_recompute(llama)
-        if self.activation_checkpointing:
-            parallel.apply_activation_checkpointing(llama)
+        apply_levers(
+            llama, self.recompute, self.offload, self.mlp_tile_tokens, self.head_chunk_tokens
+        )
         if self.compile_blocks:
             parallel.apply_compile(llama)
         strategy = self.trainer.strategy
+        device = strategy.root_device
         if isinstance(strategy, parallel.FSDP2Strategy):
             if (context := strategy.context) is not None:
                 apply_context_parallel(llama, context)
                 self.context_parallel = context
-            parallel.apply_sharding(llama, strategy.sharding_mesh, self.compute_dtype)
+            mesh = strategy.sharding_mesh
+            parallel.apply_sharding(llama, mesh, self.compute_dtype, self.cpu_offload)
             strategy.check_model = self._check_resumed
-        llama.to_empty(device=strategy.root_device)
+            device = strategy.weights_device
+        llama.to_empty(device=device)
         fresh = parameters.fill(llama, self._whole_start(), self.seed)
         llama.start = self.start
         self.llama = llama
@@ -179,7 +207,7 @@ class LanguageModule(LightningModule, ABC):
             )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW; matrices decay, vectors (norms, biases) do not."""
+        """Return the optimizer; matrices decay, vectors (norms, biases) do not."""
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
         vectors = [p for n, p in named if p.ndim < 2 or "bias" in n]
         matrices = [p for n, p in named if not (p.ndim < 2 or "bias" in n)]
@@ -187,7 +215,8 @@ class LanguageModule(LightningModule, ABC):
             {"params": matrices, "weight_decay": self.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
+        fused = self.cpu_offload or None  # on a CPU much faster than torch's default
+        return make_optimizer(self.optimizer_name, groups, self.learning_rate, self.betas, fused)
 
     # ---- one step
 
@@ -212,8 +241,7 @@ class LanguageModule(LightningModule, ABC):
             optimizer.zero_grad()
             raise FloatingPointError(self._describe_blow_up(step, found))
         rate = settings.learning_rate_at(self.global_step, self.trainer.max_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(optimizer, rate)
         optimizer.step()
         optimizer.zero_grad()
         self._count(step.next_sample)

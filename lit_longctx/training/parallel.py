@@ -5,22 +5,21 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.utils.checkpoint import checkpoint
 
 from lit_longctx import manifest
 from lit_longctx.checkpoint import (
@@ -33,57 +32,28 @@ from lit_longctx.checkpoint import (
 )
 from lit_longctx.checkpoint.unpickling import check_pickles
 from lit_longctx.context_parallel import ContextParallel, ContextParallelName, context_parallel
-from lit_longctx.model import MLP, Llama
+from lit_longctx.model import Llama
 
 
-def apply_sharding(llama: Llama, mesh: DeviceMesh, compute: torch.dtype) -> None:
+def apply_sharding(
+    llama: Llama, mesh: DeviceMesh, compute: torch.dtype, cpu_offload: bool = False
+) -> None:
     """Shard every block, then the rest: embedding, final norm and head stay in the root group.
 
     Master weights stay in their dtype (float32), products run in `compute`, gradients are averaged
-    in float32. Inputs are not cast: position codes need their float32.
+    in float32. Inputs are not cast: position codes need their float32. With `cpu_offload` weights,
+    gradients and moments are in (pinned) host memory, and the optimizer steps there.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    pinned = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    offload = pinned if cpu_offload else OffloadPolicy()
     for block in llama.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(llama, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(llama, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for method in ("loss", "top1_correct", "logits"):
         register_fsdp_forward_method(llama, method)
-
-
-def apply_activation_checkpointing(llama: Llama) -> None:
-    """Keep only each block's input and recompute the rest in backward: a third more compute."""
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-    layers = llama.model.layers
-    for i, block in enumerate(layers):
-        layers[i] = checkpoint_wrapper(block)
-
-
-def apply_recompute(llama: Llama) -> None:
-    """Compute elementwise work before a product again in backward: norms, and the MLP's SiLU.
-
-    It costs little time and most of a block's memory. The products themselves are not repeated,
-    since recomputation stops at the last tensor that backward needs.
-    """
-    for module in llama.modules():
-        if isinstance(module, torch.nn.RMSNorm):
-            module.forward = partial(_norm, module.forward)
-        elif isinstance(module, MLP):
-            cast(Any, module).down = partial(_recomputed, module.down)
-
-
-def _norm(forward: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """On CUDA torch's kernel is fused and keeps its input alone."""
-    return forward(x) if x.is_cuda else _recomputed(forward, x)
-
-
-def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Call a function but keep only its inputs for backward, which computes the rest again."""
-    if not torch.is_grad_enabled():
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def apply_compile(llama: Llama) -> None:
@@ -137,6 +107,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         """How rows are divided; None where they are not."""
         self.sharding_mesh: DeviceMesh
         """Processes by replica and shard; context-parallel ones are shards like the others."""
+        self.cpu_offload = False
+        """Whether weights, gradients and moments are in host memory; the module says."""
         self.check_model: Callable[[Checkpoint], None] | None = None
         """Raises if a checkpoint to go on from is of another model; set by the module."""
 
@@ -146,8 +118,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         for name in ("context_parallel_size", "replicate_size"):
             if world % (size := getattr(self, name)):
                 raise ValueError(f"{world} processes do not divide by {name} {size}")
-        super().setup_environment()
         device = self.root_device.type
+        self.cpu_offload = getattr(self.lightning_module, "cpu_offload", False)
+        if self.cpu_offload and device == "cuda" and self._process_group_backend is None:
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # norms are summed where weights are
+        super().setup_environment()
         self.sharding_mesh = self.device_mesh["data_parallel"]
         if self.replicate_size > 1:
             shape = (self.replicate_size, world // self.replicate_size)
@@ -158,6 +133,16 @@ class FSDP2Strategy(ModelParallelStrategy):
             mesh = init_device_mesh(device, shape, mesh_dim_names=("data", "context"))
             name, at_once = self._context
             self.context = context_parallel(name, mesh.get_group("context"), at_once)
+
+    @property
+    def weights_device(self) -> torch.device:
+        """Where shards of weights are."""
+        return torch.device("cpu") if self.cpu_offload else self.root_device
+
+    def model_to_device(self) -> None:
+        """Leave weights in host memory where they are offloaded to it."""
+        if not self.cpu_offload:
+            super().model_to_device()
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

@@ -283,3 +283,19 @@ def test_the_original_context_must_be_known_before_anything_is_computed(scheme):
         alone.frequencies(32)
     with pytest.raises(ValueError, match=message):
         alone.encode(torch.arange(4)[None], 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", [YaRN(factor=4, original_context=64), XPos()])
+def test_long_rows_rotated_by_tiles_are_the_same_to_the_bit(scheme, dtype, monkeypatch):
+    layer = scheme.layer(4, 16)
+    code = scheme.encode(torch.arange(50).expand(2, 50), 16)
+    found: list[list[torch.Tensor]] = []
+    for at_once in (2**25, 300):  # all; 2 tokens of 2 rows
+        monkeypatch.setattr("lit_longctx.position.rotary.FEATURES_AT_ONCE", at_once)
+        torch.manual_seed(1)
+        q, k = (torch.randn(2, 50, n, 16).to(dtype).requires_grad_() for n in (4, 2))
+        out = layer(q, k, code)
+        sum((x.float() * torch.randn(x.shape)).sum() for x in out).backward()
+        found.append([*out, q.grad, k.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -21,7 +21,9 @@ from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.model.layers import LayerKind, Layers
 from lit_longctx.position import DynamicNTK, LongRoPE, RoPE, TransformerXL, XPos, YaRN
 from lit_longctx.training import parallel
+from lit_longctx.training.activations import apply_levers
 from lit_longctx.training.fit import fill_in_launcher
+from lit_longctx.training.optimizers import make_optimizer
 
 SEQ = 96
 FACTORS = {"short_factor": [1.0] * 4, "long_factor": [1.5, 2.5, 3.5, 4.5]}
@@ -171,16 +173,34 @@ def under_everything(rank: int) -> None:
     plain.loss(batch)[0].backward()
     for name in NAMES:
         spread = build("YaRN", "GQA")
-        parallel.apply_recompute(spread)
-        parallel.apply_activation_checkpointing(spread)
+        apply_levers(spread, "block", "block_inputs", mlp_tile_tokens=20)
         parallel.apply_compile(spread)
-        apply_context_parallel(spread, context_parallel(name, None))
+        apply_context_parallel(spread, context_parallel(name, None, 1))
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         parallel.apply_sharding(spread, mesh, torch.float32)
         spread.loss(batch)[0].backward()
         for weight, own in zip(spread.parameters(), plain.parameters(), strict=True):
             grad = weight.grad.full_tensor() * dist.get_world_size()
             assert (grad - own.grad).abs().max() <= 1e-5 * own.grad.abs().max(), name
+
+
+def offloaded_weights(rank: int) -> None:
+    """Shards in host memory train as those on the device: on a CPU, all but the copies."""
+    batch = laid_out("packed")
+    trained = []
+    for cpu_offload in (False, True):
+        llama = build("RoPE", "GQA")
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        parallel.apply_sharding(llama, mesh, torch.float32, cpu_offload)
+        groups = [{"params": list(llama.parameters())}]
+        optimizer = make_optimizer("adamw_bf16_moments", groups, 0.1, (0.9, 0.95))
+        for _ in range(2):
+            llama.loss(batch)[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append([weight.full_tensor() for weight in llama.parameters()])
+    for found, expected in zip(*trained, strict=True):
+        assert torch.equal(found, expected)
 
 
 def in_group(rank: int, world: int, port: int, jobs: list[tuple[Callable, Any]]) -> None:
@@ -216,7 +236,7 @@ def test_two_processes_share_rows_as_one_would_have_them():
 
 @pytest.mark.slow
 def test_two_processes_share_every_kind_of_row():
-    launch(2, [*jobs(EVERY_CASE), (under_everything, 0)])
+    launch(2, [*jobs(EVERY_CASE), (under_everything, 0), (offloaded_weights, 0)])
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def test_other_layout_goes_on_with_the_same_samples_and_losses(
 
 @pytest.mark.slow
 def test_blocks_recomputed_in_backward_go_on_with_the_same_losses(tmp_path: Path):
-    found = resume(tmp_path, runs.alone(), "--model.init_args.activation_checkpointing", "true")
+    found = resume(tmp_path, runs.alone(), "--model.init_args.recompute", "block")
     expected = after_start(runs.alone())
     assert runs.largest_difference(runs.losses(found), runs.losses(expected)) <= 1e-6
     ours, plain = (load_pretrained(f).state_dict() for f in (tmp_path, runs.alone().folder))
