@@ -124,16 +124,17 @@ class FileLimit(Callback):
 
 
 class Measured(Callback):
-    """Writes down memory and open files every 500 steps."""
+    """Writes down memory and open files every so many steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: int = 500) -> None:
+        self.every = every
         self.found: dict[int, dict[str, int]] = {}
 
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: StepBatch, i: int
     ) -> None:
         step = trainer.global_step + 1
-        if step % 500 == 0:
+        if step % self.every == 0:
             gc.collect()
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             files = len(os.listdir("/proc/self/fd"))
