@@ -5,9 +5,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -67,16 +66,27 @@ def apply_recompute(llama: Llama) -> None:
     It costs little time and most of a block's memory. The products themselves are not repeated,
     since recomputation stops at the last tensor that backward needs.
     """
-    for module in llama.modules():
-        if isinstance(module, torch.nn.RMSNorm):
-            module.forward = partial(_norm, module.forward)
-        elif isinstance(module, MLP):
-            cast(Any, module).down = partial(_recomputed, module.down)
+    for module in llama.modules():  # by class, not by instance: all blocks share compiled graphs
+        if type(module) is torch.nn.RMSNorm:
+            module.__class__ = RecomputedNorm
+        elif type(module) is MLP:
+            module.__class__ = RecomputedMLP
 
 
-def _norm(forward: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """On CUDA torch's kernel is fused and keeps its input alone."""
-    return forward(x) if x.is_cuda else _recomputed(forward, x)
+class RecomputedNorm(torch.nn.RMSNorm):
+    """RMSNorm that keeps its input alone, as torch's fused kernel on CUDA does by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise; backward normalises again."""
+        return super().forward(x) if x.is_cuda else _recomputed(super().forward, x)
+
+
+class RecomputedMLP(MLP):
+    """SwiGLU that keeps the outputs of its first two products, and computes SiLU again."""
+
+    def down(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Second half of the map; backward repeats what is elementwise."""
+        return _recomputed(super().down, gate, up)
 
 
 def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -87,9 +97,13 @@ def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def apply_compile(llama: Llama) -> None:
-    """Compile block by block: one graph serves all of them."""
+    """Compile every block's forward; the same few graphs serve all blocks and layouts of documents.
+
+    To be applied first: what recomputes whole blocks must stand outside the compiled code, which
+    it would otherwise keep from being compiled.
+    """
     for block in llama.model.layers:
-        block.compile()
+        block.forward = torch.compile(block.forward)
 
 
 class FSDP2Strategy(ModelParallelStrategy):
