@@ -171,9 +171,9 @@ def under_everything(rank: int) -> None:
     plain.loss(batch)[0].backward()
     for name in NAMES:
         spread = build("YaRN", "GQA")
+        parallel.apply_compile(spread)
         parallel.apply_recompute(spread)
         parallel.apply_activation_checkpointing(spread)
-        parallel.apply_compile(spread)
         apply_context_parallel(spread, context_parallel(name, None))
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         parallel.apply_sharding(spread, mesh, torch.float32)
