@@ -1,17 +1,19 @@
 """Every back end against softmax written out in float64."""
 
+import inspect
 import sys
-from itertools import pairwise
 from types import SimpleNamespace
 
+import flash_stand_in
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import varlen
+from torch.nn.attention import SDPBackend, varlen
 
 from lit_longctx.batch import documents_from_starts, one_document
+from lit_longctx.model import attention, kernels
 from lit_longctx.model.attention import attention_backend, automatic
-from lit_longctx.model.kernels import FlexAttention
+from lit_longctx.model.kernels import FlexAttention, activate_newest_flash
 from lit_longctx.model.sdpa import SDPA
 
 
@@ -128,109 +130,133 @@ def test_a_window_costs_length_times_window_and_one_mask():
     assert len(storages) == 1  # every block's mask is a corner of the same
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("name", ["flash_attention_2", "varlen", "older varlen"])
-def test_variable_length_kernels_are_told_of_the_window(name, monkeypatch):
-    """A stand-in for both kernels: dense, float64, and by flash-attn's own words for a window."""
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash))
-    kernel = older_varlen_stand_in if name == "older varlen" else varlen_stand_in
+def test_variable_length_kernels_are_given_what_they_take(name, deterministic, monkeypatch):
+    """Dtype, strides, int32 offsets, head dimension, signature: the stand-ins refuse all else."""
+    package = SimpleNamespace(flash_attn_varlen_func=flash_stand_in.flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    older = name == "older varlen"
+    kernel = flash_stand_in.older_varlen_attn if older else flash_stand_in.varlen_attn
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 0))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     backend = attention_backend(name.removeprefix("older "))
     for queries, keys in (
         (packed(2, 60, share=0.05), None),
         (one_document(2, 5), one_document(2, 30)),
     ):
         keys = queries if keys is None else keys
-        q, k = heads(2, queries.ids.shape[1], 4, 8), heads(2, keys.ids.shape[1], 2, 8)
+        (rows, now), seen = queries.ids.shape, keys.ids.shape[1]
+        q = heads(rows, now, 4, 16).bfloat16()
+        k, v = heads(rows, seen, 2, 16).bfloat16(), heads(rows, seen, 2, 8).bfloat16()
         for window in (None, 1, 12):
-            out = backend.attend(q, k, k, backend.prepare(queries, keys, window), 0.5)
-            expected = by_hand(q, k, k, queries.ids, keys.ids, 0.5, window or 10**9)
-            torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+            out = backend.attend(q, k, v, backend.prepare(queries, keys, window), 0.5)
+            expected = by_hand(q, k, v, queries.ids, keys.ids, 0.5, window or 10**9)
+            torch.testing.assert_close(out, expected.bfloat16(), rtol=2**-7, atol=1e-6)
 
 
-def flash(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    softmax_scale,
-    causal,
-    window_size,
-    deterministic=False,
-    **lengths,
-):
-    """As flash-attn since 2.1: aligned bottom right; `window_size` keys to each side, −1: all."""
-    assert causal
-    assert deterministic == torch.are_deterministic_algorithms_enabled()
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    assert q.dtype == k.dtype == v.dtype
-    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-    assert lengths == {
-        "max_seqlen_q": int(cu_seqlens_q.diff().max()),
-        "max_seqlen_k": int(cu_seqlens_k.diff().max()),
-    }
-    left, right = window_size
-    assert right == 0
-    repeats = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    out = torch.empty_like(q)
-    begins = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
-    for (a, b), (c, d) in pairwise(begins):
-        i = torch.arange(c - a)[:, None] + (d - b) - (c - a)
-        j = torch.arange(d - b)[None]
-        seen = (j <= i) if left < 0 else (j <= i) & (j >= i - left)
-        scores = torch.einsum("qhd,khd->hqk", q[a:c].double(), k[b:d].double()) * softmax_scale
-        probs = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-        out[a:c] = torch.einsum("hqk,khd->qhd", probs, v[b:d].double()).to(q.dtype)
-    return out
-
-
-def varlen_stand_in(
-    q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False
-):
-    """As in torch 2.15; before, without `enable_gqa`, heads had to be as many."""
-    assert window_size[1] == 0, "causal"
-    assert enable_gqa == (q.shape[1] != k.shape[1])
-    return flash(
-        q,
-        k,
-        v,
-        cu_seq_q,
-        cu_seq_k,
-        scale,
-        True,
-        window_size,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        max_seqlen_q=max_q,
-        max_seqlen_k=max_k,
-    )
-
-
-def older_varlen_stand_in(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
-    """As in torch 2.11."""
-    assert q.shape[1] == k.shape[1] == v.shape[1]
-    return varlen_stand_in(
-        q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size
-    )
+def test_the_stand_in_has_the_signature_of_this_torch():
+    ours, theirs = (inspect.signature(f) for f in (flash_stand_in.varlen_attn, varlen.varlen_attn))
+    assert list(ours.parameters) == list(theirs.parameters)
+    for name, parameter in theirs.parameters.items():
+        assert ours.parameters[name].kind == parameter.kind
+        assert ours.parameters[name].default == parameter.default
 
 
 @pytest.mark.parametrize(
-    ("cuda", "capability", "dtype", "expected"),
+    ("capability", "device", "dtype", "head_dim", "name", "reason"),
     [
-        (False, 0, torch.bfloat16, "sdpa"),
-        (True, 7, torch.bfloat16, "sdpa"),
-        (True, 8, torch.bfloat16, "varlen"),
-        (True, 9, None, "varlen"),
-        (True, 9, torch.float32, "sdpa"),
+        (None, "cuda", torch.bfloat16, 64, "sdpa", "varlen runs on CUDA only"),
+        ((9, 0), "cpu", torch.bfloat16, 64, "sdpa", "varlen runs on CUDA only"),
+        ((7, 5), "cuda", torch.float16, 64, "sdpa", "varlen needs sm_80 or later, this is sm_75"),
+        ((8, 0), "cuda", torch.bfloat16, 256, "varlen", ""),
+        ((9, 0), "cuda", torch.float16, 8, "varlen", ""),
+        ((9, 0), None, None, None, "varlen", ""),
+        ((9, 0), "cuda", torch.float32, 64, "sdpa", "takes bfloat16 or float16, not float32"),
+        ((9, 0), "cuda", torch.bfloat16, 264, "sdpa", "multiples of 8 up to 256, not 264"),
+        ((9, 0), "cuda", torch.bfloat16, 60, "sdpa", "multiples of 8 up to 256, not 60"),
     ],
 )
-def test_auto(cuda, capability, dtype, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
-    assert automatic(None, dtype) == expected
-    assert automatic("cpu", dtype) == "sdpa"
-    assert type(attention_backend("auto", "cpu")) is SDPA
+def test_auto_is_varlen_where_it_can_be(
+    capability, device, dtype, head_dim, name, reason, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    chosen, why = automatic(device, dtype, head_dim)
+    assert chosen == name
+    assert (reason in why) if reason else why == ""
+
+
+def test_auto_chooses_when_the_tensors_come(monkeypatch, capsys):
+    """By dtype and head dimension; each choice is made, and said, once."""
+    found, made = [], []
+
+    def chosen(device, dtype, head_dim):
+        found.append((device.type, dtype, head_dim))
+        return "sdpa", ""
+
+    monkeypatch.setattr(attention, "automatic", chosen)
+    real = SDPA.prepare
+    monkeypatch.setattr(SDPA, "prepare", lambda *args: made.append(args) or real(*args))
+    backend = attention_backend("auto")
+    documents = packed(2, 40)
+    mask = backend.prepare(documents, documents, 7)
+    assert made == []
+    for dim in (8, 8, 16):
+        q, k = heads(2, 40, 4, dim), heads(2, 40, 2, dim)
+        out = backend.attend(q, k, k, mask, 0.3)
+        expected = by_hand(q, k, k, documents.ids, documents.ids, 0.3, 7)
+        torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+    assert found == [("cpu", torch.float32, 8), ("cpu", torch.float32, 16)]
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("major", "installed", "expected"),
+    [
+        (8, {"FA3", "FA4"}, "FA2"),
+        (9, {"FA3", "FA4"}, "FA3"),
+        (9, {"FA4"}, "FA4"),
+        (10, {"FA3", "FA4"}, "FA4"),
+        (9, set(), "FA2"),
+    ],
+)
+def test_newer_flash_is_used_where_installed(major, installed, expected, monkeypatch):
+    """As torch's registry does: the implementation's module is imported when it is activated."""
+    active = []
+
+    def activate(name):
+        if name not in installed:
+            raise ModuleNotFoundError(f"No module named for {name}")
+        active.append(name)
+
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
+    assert activate_newest_flash(major) == expected
+    assert active == ([] if expected == "FA2" else [expected])
+
+
+@pytest.mark.parametrize("flash", ["FA2", "FA3"])
+def test_a_newer_flash_goes_before_cudnn_and_fa2_after_it(flash, monkeypatch):
+    """Which of them varlen_attn takes, as torch itself selects."""
+    order = []
+
+    def kernel(q, *rest, **options):
+        order.extend(varlen._get_sdp_priority_order())
+        return q
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(kernels, "activate_newest_flash", lambda _: flash)
+    backend = attention_backend("varlen")
+    documents, q = one_document(1, 8), heads(1, 8, 2, 8)
+    backend.attend(q, q, q, backend.prepare(documents, documents), 1.0)
+    names = [SDPBackend(number).name for number in order if number >= 0]
+    expected = ["FLASH_ATTENTION", "CUDNN_ATTENTION"]
+    found = [name for name in names if name in expected]
+    assert found == (expected if flash == "FA3" else expected[::-1])
 
 
 @pytest.mark.parametrize("together", [1, 7, 64, 10_000])
