@@ -94,10 +94,8 @@ def apply_recompute(
         offload: `block_inputs` keeps the inputs of blocks in host memory; only where whole blocks
             are recomputed.
     """
-    if recompute != "none":
-        for (
-            module
-        ) in llama.modules():  # by class, not by instance: all blocks share compiled graphs
+    if recompute != "none":  # by class, not by instance, so that all blocks share compiled graphs
+        for module in llama.modules():
             if type(module) is nn.RMSNorm:
                 module.__class__ = RecomputedNorm
             elif type(module) is MLP:

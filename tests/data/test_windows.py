@@ -11,7 +11,9 @@ from litdata.streaming.writer import BinaryWriter
 
 from lit_longctx import manifest
 from lit_longctx.data.making.prepare import prepare
+from lit_longctx.data.store.data_manifest import Manifest, SplitInfo
 from lit_longctx.data.store.windows import OPEN_CHUNKS, Windows
+from lit_longctx.data.tokens.info import TokenizerInfo
 
 BOS, EOS = 256, 257
 CHUNK = 1536
@@ -205,9 +207,10 @@ def test_every_type_of_token_that_litdata_writes(tmp_path, dtype):
         writer[i] = part
     writer.done()
     writer.merge()
-    splits = {"train": {"tokens": len(tokens)}}
-    hashes = manifest.hash_files(tmp_path)
-    manifest.seal(tmp_path, hashes, splits=splits, block=256, chunk_tokens=768)
+    split = SplitInfo(0, len(tokens), len(tokens), 0, 0, chunks=3, lengths=[])
+    info = TokenizerInfo("numbers", largest, bos=0, eos=1)
+    content = Manifest("numbers", 256, 768, info, {"train": split})
+    manifest.seal(tmp_path, manifest.hash_files(tmp_path), **content.as_json())
     windows = Windows(tmp_path, "train", 512)
     assert windows.read(0, len(tokens)).tolist() == tokens.tolist() == by_litdata(tmp_path)
     assert windows[1].tolist() == tokens[512:1025].tolist()

@@ -12,6 +12,7 @@ from lit_longctx.batch import pack
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 from lit_longctx.training import parallel
+from lit_longctx.training.activations import apply_recompute
 
 CONFIG = LlamaConfig(61, 32, 48, 3, 4, 2)
 LAYOUTS = 14
@@ -25,9 +26,7 @@ def compile_layouts(whole_blocks: bool) -> None:
     plain, compiled = Llama(CONFIG, RoPE()), Llama(CONFIG, RoPE())
     compiled.load_state_dict(plain.state_dict())
     parallel.apply_compile(compiled)
-    parallel.apply_recompute(compiled)
-    if whole_blocks:
-        parallel.apply_activation_checkpointing(compiled)
+    apply_recompute(compiled, "block" if whole_blocks else "elementwise")
     counts = []
     for layout in range(LAYOUTS):
         windows = torch.randint(2, CONFIG.vocab_size, (2, 257))
