@@ -19,6 +19,7 @@ from lit_longctx.data.sampling.stages import ENDLESS, Stage, StageSchedule
 from lit_longctx.data.sampling.steps import (
     Rows,
     StepData,
+    ValidationWindow,
     check_shares,
     common_tokenizer,
     given_weights,
@@ -68,6 +69,8 @@ class PretrainData(StepData):
         seed: Decides the order of samples.
         num_workers: Loader processes per training process; 0 reads in the training process.
         held_out_windows: Windows of each source's held-out split to validate on, spread evenly.
+        validation_window: Held-out rows have the window, sources and micro-batch size of the stage
+            that is being trained (`stage`), or always those of the longest window (`longest`).
         contiguous: Let rows walk through documents, for a model with memory, instead of shuffling.
         packing: `concatenate` joins documents and cuts the stream every `window` tokens;
             `best_fit` cuts only documents longer than the window, and pads.
@@ -88,6 +91,7 @@ class PretrainData(StepData):
         seed: int = 0,
         num_workers: int = 0,
         held_out_windows: int = 32,
+        validation_window: ValidationWindow = "stage",
         contiguous: bool = False,
         packing: Literal["concatenate", "best_fit"] = "concatenate",
         storage: ObjectStorage = ObjectStorage(),
@@ -106,6 +110,7 @@ class PretrainData(StepData):
         self.seed = seed
         self.num_workers = num_workers
         self.held_out_windows = held_out_windows
+        self.validation_window = validation_window
         self.contiguous = contiguous
         self.packing = packing
         self.position_transform = position_transform

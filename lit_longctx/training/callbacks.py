@@ -175,9 +175,18 @@ class ProgressLine(Callback):
         self._say_held_out(module, "test/loss")
 
     def _say_held_out(self, module: LightningModule, name: str) -> None:
+        batches = self.done
         self._begin("", 0)
         assert isinstance(module, LanguageModule)
-        if self.heartbeat and (loss := module.trainer.callback_metrics.get(name)) is not None:
+        if not self.heartbeat:
+            return
+        loss = module.trainer.callback_metrics.get(name)
+        if not batches:
+            window = module.data.validation_window
+            self.heartbeat.say(
+                f"step {module.trained_steps}  no held-out window of {window} tokens"
+            )
+        elif loss is not None:
             self.heartbeat.say(f"step {module.trained_steps}  held-out loss {float(loss):.4f}")
 
 

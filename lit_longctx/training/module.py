@@ -320,7 +320,7 @@ class LanguageModule(LightningModule, ABC):
     def on_validation_start(self) -> None:
         """Start counting anew."""
         data = self.data
-        loss = LossByPosition(list(data.sources), data.window or 4096)
+        loss = LossByPosition(list(data.sources), data.validation_window or data.window or 4096)
         self.held_out_loss = loss.to(self.device)
 
     on_test_start = on_validation_start

@@ -247,7 +247,7 @@ def test_micro_batches_are_as_wide_as_their_longest_row(folder):
 
 def test_validation_is_on_answers_where_they_stand(folder):
     module = data(folder, input_loss=1.0, position_transform=PoSE(4096))
-    batch = HeldOut(module, 0, 1)[0]
+    batch = HeldOut(module, 0, 1)[0, 0]
     targets = bytes(t for t in batch.labels[0].tolist() if t not in (NO_TARGET, EOS)).decode()
     documents = batch.documents.lengths()[0]
     assert targets.startswith("r")

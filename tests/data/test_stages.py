@@ -200,11 +200,35 @@ def test_a_stage_need_not_fit_a_source_that_it_does_not_read(folder):  # noqa: F
     assert {int(b.sources[0]) for b in module.val_dataloader()} == {0}
 
 
-def test_held_out_windows_take_the_rows_of_the_longest_stage(folder):  # noqa: F811
+def test_held_out_windows_take_the_rows_of_the_longest_stage_by_choice(folder):  # noqa: F811
     stages = [Stage(2, 1024, 2048, 1), Stage(2, 256, 2048, 8)]
-    module = attach(data(folder, stages=stages), max_steps=4)
-    shapes = {tuple(batch.input_ids.shape) for batch in module.val_dataloader()}
-    assert shapes == {(1, 1024)}
+    module = attach(data(folder, stages=stages, validation_window="longest"), max_steps=4)
+    loader = module.val_dataloader()
+    for module.samples_consumed in (0, 4, 20):
+        assert {tuple(batch.input_ids.shape) for batch in loader} == {(1, 1024)}
+        assert module.description().validation_window == 1024
+
+
+@pytest.mark.parametrize(("ranks", "num_workers"), [(1, 0), (2, 0), (1, 1)])
+def test_held_out_windows_are_those_of_the_stage_being_trained(folder, ranks, num_workers):  # noqa: F811
+    """One loader, as Lightning keeps it; after the samples of 0, 1, … steps."""
+    module = attach(data(folder, num_workers=num_workers), 0, ranks, max_steps=STEPS)
+    loader = module.val_dataloader()
+    for consumed, window, rows, sources in (
+        (0, 256, 4, {0, 1}),
+        (1, 256, 4, {0, 1}),
+        (12 * 8, 256, 4, {0, 1}),  # the first stage's last step has just been made
+        (12 * 8 + 1, 512, 2, {0, 1}),
+        (32 * 8, 512, 2, {0, 1}),
+        (32 * 8 + 4, 1024, 4, {1}),
+        (10**9, 1024, 4, {1}),
+    ):
+        module.samples_consumed = consumed
+        found = list(loader)
+        assert {tuple(batch.input_ids.shape) for batch in found} == {(rows, window)}
+        assert {int(s) for b in found for s in b.sources[b.samples >= 0]} == sources
+        assert module.description().validation_window == window
+        assert len(found) <= len(loader)
 
 
 def test_the_run_must_be_as_long_as_its_stages(folder):  # noqa: F811

@@ -98,6 +98,15 @@ def test_a_resume_in_any_stage_is_exact(
     assert runs.largest_difference(runs.losses(found), runs.losses(expected)) <= 1e-6
 
 
+def test_validation_has_the_window_of_the_stage_being_trained(staged: tuple[list[str], runs.Ran]):
+    """Validated after steps 10, 20 and 30: the first stage has just ended, then the second."""
+    found = runs.scalars(staged[1].folder)
+    steps = {name: [step for step, _ in found[name]] for name in found if "/loss_" in name}
+    assert steps["val/loss_len/256"] == [10]  # bucket of documents that fill the first window
+    assert steps["val/loss_len/256-512"] == [20, 30]
+    assert steps["val/loss_pos/256-512"] == [20, 30]
+
+
 def test_validation_of_a_checkpoint_uses_the_theta_it_was_trained_with(
     staged: tuple[list[str], runs.Ran], tmp_path: Path
 ):

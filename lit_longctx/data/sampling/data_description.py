@@ -19,6 +19,8 @@ class DataDescription:
     """Names, in the order of `Batch.sources`."""
     window: int | None = None
     """Tokens of the longest row."""
+    validation_window: int | None = None
+    """Tokens of a held-out row at this point of the run; default: as the longest row."""
     stage_schedule: StageSchedule = field(
         default_factory=lambda: StageSchedule([Stage(ENDLESS, 1, 1)])
     )

@@ -76,6 +76,10 @@ class StageSchedule:
         """Number of the stage that a step, counted from 0, belongs to; after the end, the last."""
         return max(i for i, first in enumerate(self.steps[:-1]) if first <= step)
 
+    def of_last(self, samples: int) -> int:
+        """Number of the stage that the last of so many samples belongs to; of none, the first."""
+        return max(i for i, first in enumerate(self.samples[:-1]) if i == 0 or first < samples)
+
     def first_sample(self, step: int) -> int:
         """Samples that all steps before this one read."""
         number = self.at(step)

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from lit_longctx.data.sampling.stages import Stage, StageSchedule
 from lit_longctx.data.tokens.info import TokenizerInfo
 from lit_longctx.stop_signals import outlive_stop_signals
 
+ValidationWindow = Literal["stage", "longest"]
 Rows = list[tuple[int, int, int]]
 """(source, window, sample) of each row; window −1 is padding, without targets."""
 
@@ -41,6 +42,7 @@ class StepData(TrainingData, ABC):
     """Tokens of the longest row."""
     num_workers: int
     held_out_windows: int
+    validation_window: ValidationWindow = "stage"
     position_transform: PositionTransform | None
     contiguous: bool = False
     staged: bool = False
@@ -56,6 +58,7 @@ class StepData(TrainingData, ABC):
         return DataDescription(
             sources=tuple(self.sources),
             window=self.window,
+            validation_window=self.stage_schedule.stages[self.validation_stage].window,
             stage_schedule=self.stage_schedule,
             staged=self.staged,
             contiguous=self.contiguous,
@@ -95,8 +98,15 @@ class StepData(TrainingData, ABC):
 
     @property
     def longest(self) -> Stage:
-        """The stage of the longest window: the held-out splits of its sources are validated on."""
+        """The stage of the longest window."""
         return max(self.stage_schedule.stages, key=lambda stage: stage.window)
+
+    @property
+    def validation_stage(self) -> int:
+        """Number of the stage whose window, sources and micro-batch size held-out rows have now."""
+        if self.validation_window == "longest":
+            return self.stage_schedule.stages.index(self.longest)
+        return self.stage_schedule.of_last(self.samples_consumed)
 
     def train_dataloader(self) -> DataLoader:
         """Whole steps of this rank, from the sample the model has come to."""
@@ -140,11 +150,11 @@ class StepData(TrainingData, ABC):
         return self._loader(steps, StepSampler(trainer.global_step, trainer.max_steps))
 
     def val_dataloader(self) -> DataLoader:
-        """Held-out windows of this rank."""
+        """Held-out windows of this rank; each pass reads those of the stage that it falls in."""
         trainer = self.trainer
         assert trainer is not None
-        rows = HeldOut(self, *data_rank(trainer))
-        return self._loader(rows, StepSampler(0, len(rows)))
+        held_out = HeldOut(self, *data_rank(trainer))
+        return self._loader(held_out, HeldOutSampler(held_out))
 
     test_dataloader = val_dataloader
 
@@ -261,26 +271,53 @@ class Steps(Dataset):
 
 
 class HeldOut(Dataset):
-    """Held-out micro-batches of one rank; ranks that run out get padding: all stay in step."""
+    """Held-out micro-batches of one rank, by number of the stage and within it.
+
+    Ranks that run out get padding: all stay in step.
+    """
 
     def __init__(self, data: StepData, rank: int, ranks: int) -> None:
-        self.data = data
-        numbers = {name: number for number, name in enumerate(data.sources)}
-        opened = data.held_out(data.longest)
-        self.windows = {numbers[name]: windows for name, windows in opened.items()}
+        self.data, self.rank, self.ranks = data, rank, ranks
+        self.readers: dict[int, dict[int, Any]] = {}  # by stage, then by number of the source
+        self.rows: dict[int, list[Rows]] = {}
+        numbers = range(len(data.stage_schedule.stages))
+        for stage in numbers if data.validation_window == "stage" else [data.validation_stage]:
+            self._add(stage)
+
+    def _add(self, number: int) -> None:
+        """Choose the rows of a stage."""
+        data, stage = self.data, self.data.stage_schedule.stages[number]
+        numbers = {name: i for i, name in enumerate(data.sources)}
+        readers = {numbers[name]: each for name, each in data.held_out(stage).items()}
         chosen = []
-        for source, windows in self.windows.items():
-            number = min(len(windows), data.held_out_windows)
-            spread = np.linspace(0, len(windows) - 1, number).round().astype(int) if number else []
+        for source, windows in readers.items():
+            most = min(len(windows), data.held_out_windows)
+            spread = np.linspace(0, len(windows) - 1, most).round().astype(int) if most else []
             chosen += [(source, int(window), i) for i, window in enumerate(spread)]
-        size = data.longest.micro_batch_size
-        padding = next(iter(self.windows))
-        chosen += [(padding, -1, -1)] * (-len(chosen) % (size * ranks))
-        self.rows = [chosen[i : i + size] for i in range(rank * size, len(chosen), size * ranks)]
+        size = stage.micro_batch_size
+        chosen += [(next(iter(readers)), -1, -1)] * (-len(chosen) % (size * self.ranks))
+        firsts = range(self.rank * size, len(chosen), size * self.ranks)
+        self.readers[number] = readers
+        self.rows[number] = [chosen[i : i + size] for i in firsts]
+
+    def __getitem__(self, index: tuple[int, int]) -> Batch:
+        """Read one micro-batch."""
+        stage, number = index
+        return self.data.batch(self.readers[stage], self.rows[stage][number], training=False)
+
+
+class HeldOutSampler(Sampler[tuple[int, int]]):
+    """Indices of the held-out micro-batches at the window of the stage that is being trained.
+
+    The length is that of the stage with the most, since Lightning asks for it once.
+    """
+
+    def __init__(self, held_out: HeldOut) -> None:
+        self.held_out = held_out
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        stage = self.held_out.data.validation_stage
+        return iter([(stage, i) for i in range(len(self.held_out.rows[stage]))])
 
     def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Batch:
-        """Read one micro-batch."""
-        return self.data.batch(self.windows, self.rows[index], training=False)
+        return max(len(rows) for rows in self.held_out.rows.values())

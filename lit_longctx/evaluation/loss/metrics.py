@@ -70,8 +70,13 @@ class LossByPosition(Metric):
         return self.nats.cpu(), self.targets.cpu()
 
     def scalars(self, prefix: str = "val") -> dict[str, float]:
-        """Return overall loss and perplexity, and the loss of each position, length and source."""
+        """Return overall loss and perplexity, and the loss of each position, length and source.
+
+        Empty where there was no target.
+        """
         nats, targets = self.compute()
+        if not targets.any():
+            return {}
         mean = float(nats.sum() / targets.sum())
         values = {f"{prefix}/loss": mean, f"{prefix}/ppl": float(torch.tensor(mean).exp())}
         names = bucket_names(self.edges)
