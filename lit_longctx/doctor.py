@@ -31,10 +31,12 @@ def doctor() -> None:
     if cuda := torch.version.cuda:
         driver = DRIVERS.get(int(cuda.split(".")[0]), "of the same CUDA version")
         print(f"torch is built for CUDA {cuda}: needs an NVIDIA driver {driver} or later")
-    print(f"attn_implementation auto: {automatic()} here (varlen on CUDA from sm_80 on, else sdpa)")
+    chosen, reason = automatic()
+    why = f", as {reason}" if reason else " in bfloat16 and float16; else sdpa"
+    print(f"attn_implementation auto: {chosen} here{why}")
     for name in ("sdpa", "flash_attention_2", "varlen", "flex_attention"):
         try:
-            attention_backend(name)
-            print(f"attn_implementation {name}: ready")
+            flash = getattr(attention_backend(name), "flash", "")
+            print(f"attn_implementation {name}: ready{flash and f' (flash is {flash})'}")
         except (ImportError, ValueError) as error:
             print(f"attn_implementation {name}: {error}")

@@ -151,7 +151,7 @@ def generate_text(
     top_p: float = 1.0,
     stop: list[str] | str | None = None,
     prefill_tokens: int = 1024,
-    attn_implementation: AttnImplementation = "sdpa",
+    attn_implementation: AttnImplementation = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
 ) -> str:
@@ -174,7 +174,7 @@ def generate_text(
         top_p: Draw from the fewest likeliest tokens that have this probability.
         stop: Text, or list of texts, before which the continuation ends.
         prefill_tokens: Prompt tokens to read at a time; fewer need less memory.
-        attn_implementation: Attention back end.
+        attn_implementation: Attention back end; `auto`: varlen on CUDA in bf16 or fp16, else sdpa.
         dtype: Of weights, keys and values.
         device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
     """

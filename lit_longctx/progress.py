@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -108,12 +108,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def say(line: str) -> None:
-    """Print a line on one process of a run."""
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print a line on one process of a run; `file` is standard output by default."""
     if dist.is_available() and dist.is_initialized():
         first = dist.get_rank() == 0
     else:
         ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
         first = next((rank for rank in ranks if rank is not None), "0") == "0"
     if first:
-        print(line, flush=True)
+        print(line, file=file, flush=True)

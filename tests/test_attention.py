@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import varlen
+from torch.nn.attention import SDPBackend, varlen
 
 from lit_longctx.batch import documents_from_starts, one_document
+from lit_longctx.model import attention, kernels
 from lit_longctx.model.attention import attention_backend, automatic
-from lit_longctx.model.kernels import FlexAttention
+from lit_longctx.model.kernels import FlexAttention, activate_newest_flash
 from lit_longctx.model.sdpa import SDPA
 
 
@@ -135,6 +136,7 @@ def test_variable_length_kernels_are_told_of_the_window(name, monkeypatch):
     kernel = older_varlen_stand_in if name == "older varlen" else varlen_stand_in
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
     backend = attention_backend(name.removeprefix("older "))
     for queries, keys in (
         (packed(2, 60, share=0.05), None),
@@ -216,21 +218,97 @@ def older_varlen_stand_in(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, w
 
 
 @pytest.mark.parametrize(
-    ("cuda", "capability", "dtype", "expected"),
+    ("capability", "device", "dtype", "head_dim", "name", "reason"),
     [
-        (False, 0, torch.bfloat16, "sdpa"),
-        (True, 7, torch.bfloat16, "sdpa"),
-        (True, 8, torch.bfloat16, "varlen"),
-        (True, 9, None, "varlen"),
-        (True, 9, torch.float32, "sdpa"),
+        (None, "cuda", torch.bfloat16, 64, "sdpa", "varlen runs on CUDA only"),
+        ((9, 0), "cpu", torch.bfloat16, 64, "sdpa", "varlen runs on CUDA only"),
+        ((7, 5), "cuda", torch.float16, 64, "sdpa", "varlen needs sm_80 or later, this is sm_75"),
+        ((8, 0), "cuda", torch.bfloat16, 256, "varlen", ""),
+        ((9, 0), "cuda", torch.float16, 8, "varlen", ""),
+        ((9, 0), None, None, None, "varlen", ""),
+        ((9, 0), "cuda", torch.float32, 64, "sdpa", "takes bfloat16 or float16, not float32"),
+        ((9, 0), "cuda", torch.bfloat16, 264, "sdpa", "multiples of 8 up to 256, not 264"),
+        ((9, 0), "cuda", torch.bfloat16, 60, "sdpa", "multiples of 8 up to 256, not 60"),
     ],
 )
-def test_auto(cuda, capability, dtype, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
-    assert automatic(None, dtype) == expected
-    assert automatic("cpu", dtype) == "sdpa"
-    assert type(attention_backend("auto", "cpu")) is SDPA
+def test_auto_is_varlen_where_it_can_be(
+    capability, device, dtype, head_dim, name, reason, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    chosen, why = automatic(device, dtype, head_dim)
+    assert chosen == name
+    assert (reason in why) if reason else why == ""
+
+
+def test_auto_chooses_when_the_tensors_come(monkeypatch, capsys):
+    """By dtype and head dimension; each choice is made, and said, once."""
+    found, made = [], []
+
+    def chosen(device, dtype, head_dim):
+        found.append((device.type, dtype, head_dim))
+        return "sdpa", ""
+
+    monkeypatch.setattr(attention, "automatic", chosen)
+    real = SDPA.prepare
+    monkeypatch.setattr(SDPA, "prepare", lambda *args: made.append(args) or real(*args))
+    backend = attention_backend("auto")
+    documents = packed(2, 40)
+    mask = backend.prepare(documents, documents, 7)
+    assert made == []
+    for dim in (8, 8, 16):
+        q, k = heads(2, 40, 4, dim), heads(2, 40, 2, dim)
+        out = backend.attend(q, k, k, mask, 0.3)
+        expected = by_hand(q, k, k, documents.ids, documents.ids, 0.3, 7)
+        torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+    assert found == [("cpu", torch.float32, 8), ("cpu", torch.float32, 16)]
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("major", "installed", "expected"),
+    [
+        (8, {"FA3", "FA4"}, "FA2"),
+        (9, {"FA3", "FA4"}, "FA3"),
+        (9, {"FA4"}, "FA4"),
+        (10, {"FA3", "FA4"}, "FA4"),
+        (9, set(), "FA2"),
+    ],
+)
+def test_newer_flash_is_used_where_installed(major, installed, expected, monkeypatch):
+    """As torch's registry does: the implementation's module is imported when it is activated."""
+    active = []
+
+    def activate(name):
+        if name not in installed:
+            raise ModuleNotFoundError(f"No module named for {name}")
+        active.append(name)
+
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
+    assert activate_newest_flash(major) == expected
+    assert active == ([] if expected == "FA2" else [expected])
+
+
+@pytest.mark.parametrize("flash", ["FA2", "FA3"])
+def test_a_newer_flash_goes_before_cudnn_and_fa2_after_it(flash, monkeypatch):
+    """Which of them varlen_attn takes, as torch itself selects."""
+    order = []
+
+    def kernel(q, *rest, **options):
+        order.extend(varlen._get_sdp_priority_order())
+        return q
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(kernels, "activate_newest_flash", lambda _: flash)
+    backend = attention_backend("varlen")
+    documents, q = one_document(1, 8), heads(1, 8, 2, 8)
+    backend.attend(q, q, q, backend.prepare(documents, documents), 1.0)
+    names = [SDPBackend(number).name for number in order if number >= 0]
+    expected = ["FLASH_ATTENTION", "CUDNN_ATTENTION"]
+    found = [name for name in names if name in expected]
+    assert found == (expected if flash == "FA3" else expected[::-1])
 
 
 @pytest.mark.parametrize("together", [1, 7, 64, 10_000])

@@ -14,7 +14,7 @@ from lit_longctx.checkpoint.description import MODEL, read_model, scaled_alike
 from lit_longctx.checkpoint.trust import Untrusted, trusting
 from lit_longctx.checkpoint.verification import fault_in, newest_whole, offer_whole, steps_of
 from lit_longctx.model import Llama, LlamaConfig, layers_of
-from lit_longctx.model.attention import AttnImplementation, automatic
+from lit_longctx.model.attention import AttnImplementation
 from lit_longctx.model.layers import LayerKind, Layers
 from lit_longctx.position import PositionScheme
 from lit_longctx.position.scheme import INHERITED, THETA
@@ -144,7 +144,7 @@ class Checkpoint:
         self,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        attn_implementation: AttnImplementation = "sdpa",
+        attn_implementation: AttnImplementation = "auto",
         position: PositionScheme | Layers | None = None,
     ) -> Llama:
         """Return the model with its weights.
@@ -152,7 +152,8 @@ class Checkpoint:
         Args:
             device: Where the weights go.
             dtype: Of the weights.
-            attn_implementation: Attention back end.
+            attn_implementation: Attention back end; `auto`: varlen on CUDA in bf16 or fp16, else
+                sdpa.
             position: Scheme to use; what it leaves open is the checkpoint's, and said. Default: the
                 checkpoint's.
 
@@ -161,8 +162,6 @@ class Checkpoint:
                 represent, by name.
         """
         whole = self.verified()
-        if attn_implementation == "auto":
-            attn_implementation = automatic(device, dtype)
         with torch.device("meta"):
             llama = Llama(whole.config, whole.layers_with(position), attn_implementation)
         llama.to(dtype).to_empty(device=device)
@@ -251,7 +250,7 @@ def _tokenizer_of(path: Path, beside: Companions) -> Path | None:
 def load_pretrained(
     folder: str | Path,
     position: PositionScheme | None = None,
-    attn_implementation: AttnImplementation = "sdpa",
+    attn_implementation: AttnImplementation = "auto",
     trust: bool = False,
 ) -> Llama:
     """Load a Hugging Face Llama folder or one of our runs, in float32.
@@ -261,7 +260,7 @@ def load_pretrained(
             checkpoints.
         position: The scheme to use; theta and original_context that it leaves open are the
             folder's, and said. Default: the scheme that the folder describes.
-        attn_implementation: Attention back end.
+        attn_implementation: Attention back end; `auto`: varlen on CUDA in bf16 or fp16, else sdpa.
         trust: Import the position scheme that a run folder names, if it is none of this package's.
 
     Raises:

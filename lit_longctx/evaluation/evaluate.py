@@ -27,7 +27,7 @@ from lit_longctx.evaluation.retrieval.grid import Grid, Probe
 from lit_longctx.evaluation.retrieval.prompts import Haystack
 from lit_longctx.manifest import write_text
 from lit_longctx.model import chosen_device
-from lit_longctx.model.attention import AttnImplementation
+from lit_longctx.model.attention import AttnImplementation, automatic
 from lit_longctx.position import PositionScheme
 from lit_longctx.progress import counted
 from lit_longctx.result_cache import ResultCache
@@ -44,7 +44,7 @@ def evaluate(
     sliding: SlidingWindow = SlidingWindow(),
     grid: Grid = Grid(),
     positions: list[PositionScheme] = [],  # noqa: B006 - never changed
-    attn_implementation: AttnImplementation = "sdpa",
+    attn_implementation: AttnImplementation = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
     context_parallel_size: int = 1,
@@ -70,7 +70,7 @@ def evaluate(
         grid: Lengths and depths of the probes.
         positions: Position schemes to measure each checkpoint under, without training, beside its
             own: names such as YaRN with `init_args`, or class paths.
-        attn_implementation: Attention back end.
+        attn_implementation: Attention back end; `auto`: varlen on CUDA in bf16 or fp16, else sdpa.
         dtype: Of weights, keys and values.
         device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
         context_parallel_size: Of the processes that torchrun started, how many share each row; the
@@ -118,6 +118,13 @@ class Compute(NamedTuple):
     attn_implementation: AttnImplementation
     processes: Processes = Processes()
 
+    @property
+    def resolved_attention(self) -> AttnImplementation:
+        """The attention back end, or what `auto` stands for."""
+        if self.attn_implementation != "auto":
+            return self.attn_implementation
+        return automatic(self.device, getattr(torch, self.dtype))[0]
+
 
 def measure_candidates(
     candidates: dict[str, Candidate], measures: dict[str, Measure], compute: Compute, output: Path
@@ -152,7 +159,7 @@ def measure_all(
     known = {
         "version": lit_longctx.__version__,
         **candidate.described(),
-        "attn_implementation": compute.attn_implementation,
+        "attn_implementation": compute.resolved_attention,
         "dtype": compute.dtype,
         "device": torch.device(compute.device).type,
     }

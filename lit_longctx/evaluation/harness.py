@@ -70,7 +70,7 @@ class HarnessModel(TemplateLM):
         max_gen_toks: Most tokens to generate where a task does not say.
         batch_size: Requests that are read at a time.
         add_bos_token: Whether texts begin with BOS; default: as the tokenizer's files have it.
-        attn_implementation: Attention back end.
+        attn_implementation: Attention back end; `auto`: varlen on CUDA in bf16 or fp16, else sdpa.
         dtype: Of weights, keys and values.
         device: `auto`, `cpu` or `cuda`, which without CUDA is the CPU.
     """
@@ -83,7 +83,7 @@ class HarnessModel(TemplateLM):
         max_gen_toks: int = 256,
         batch_size: int | str = 1,
         add_bos_token: bool | None = None,
-        attn_implementation: AttnImplementation = "sdpa",
+        attn_implementation: AttnImplementation = "auto",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         device: str = "auto",
     ) -> None:

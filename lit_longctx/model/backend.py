@@ -6,6 +6,8 @@ the queries are the last ones of each row.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,6 +20,17 @@ from lit_longctx.batch import Documents
 Heads = Float[Tensor, "batch queries heads head_dim"]
 KVHeads = Float[Tensor, "batch keys kv_heads head_dim"]
 Values = Float[Tensor, "batch keys kv_heads value_dim"]
+
+
+CUDNN_FIRST = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+FLASH_FIRST = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+
+
+def kernel_order(names: Sequence[str]) -> AbstractContextManager[Any]:
+    """Return a context in which torch takes the first of these SDPBackends that can do the work."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel([getattr(SDPBackend, name) for name in names], set_priority=True)
 
 
 class AttentionBackend(ABC):

@@ -1,6 +1,7 @@
 """Attention kernels for CUDA: flash-attn, torch's varlen and flex_attention."""
 
 import inspect
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lit_longctx.batch import Documents
-from lit_longctx.model.backend import AttentionBackend, Heads, KVHeads, Values, widen
+from lit_longctx.model.backend import (
+    FLASH_FIRST,
+    AttentionBackend,
+    Heads,
+    KVHeads,
+    Values,
+    kernel_order,
+    widen,
+)
 
 
 class VarlenMask(NamedTuple):
@@ -64,8 +73,33 @@ class FlashAttention2(AttentionBackend):
         return out.view(q.shape)[..., :value_dim]
 
 
+def activate_newest_flash(major: int) -> str:
+    """Let torch's flash attention be FA3 or FA4 where one is installed; return its name, or FA2.
+
+    For the whole process, as torch keeps it; what was activated before stays.
+
+    Args:
+        major: The GPU's compute capability: 9 (Hopper) runs FA3 and FA4, 10 (Blackwell) FA4.
+    """
+    from torch.nn import attention
+
+    if active := getattr(attention, "current_flash_attention_impl", lambda: None)():
+        return active
+    for name in {9: ("FA3", "FA4"), 10: ("FA4",)}.get(major, ()):
+        try:
+            attention.activate_flash_attention_impl(name)
+        except (AttributeError, ImportError, OSError, RuntimeError, ValueError):
+            continue  # an older torch, or not installed for this one
+        return name
+    return "FA2"
+
+
 class Varlen(AttentionBackend):
-    """torch.nn.attention.varlen: flash inside torch, no extra package; CUDA, fp16 or bf16."""
+    """torch.nn.attention.varlen: flash inside torch, no extra package; CUDA, fp16 or bf16.
+
+    On Hopper and Blackwell torch itself puts cuDNN first for causal documents; an installed FA3 or
+    FA4 goes before it.
+    """
 
     def __init__(self) -> None:
         from torch.nn.attention.varlen import varlen_attn
@@ -73,6 +107,8 @@ class Varlen(AttentionBackend):
         if not torch.cuda.is_available():
             raise ValueError("attn_implementation 'varlen' runs on CUDA only; use 'sdpa' here")
         self.kernel = varlen_attn
+        self.flash = activate_newest_flash(torch.cuda.get_device_capability()[0])
+        """Implementation that torch's flash attention calls."""
         self.grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch ≥ 2.12
 
     def prepare(self, queries: Documents, keys: Documents, window: int | None = None) -> VarlenMask:
@@ -93,18 +129,19 @@ class Varlen(AttentionBackend):
             repeats = q.shape[2] // k.shape[2]
             k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
         flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
-        out = self.kernel(
-            flat_q,
-            flat_k,
-            flat_v,
-            queries.boundaries,
-            keys.boundaries,
-            queries.longest,
-            keys.longest,
-            scale=scale,
-            window_size=window_size(window),
-            **grouped,
-        )
+        with nullcontext() if self.flash == "FA2" else kernel_order(FLASH_FIRST):
+            out = self.kernel(
+                flat_q,
+                flat_k,
+                flat_v,
+                queries.boundaries,
+                keys.boundaries,
+                queries.longest,
+                keys.longest,
+                scale=scale,
+                window_size=window_size(window),
+                **grouped,
+            )
         assert isinstance(out, Tensor)
         return out.view(q.shape)[..., :value_dim]
 

@@ -134,9 +134,11 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = self.position(q, k, view.code)
-        out = source.attend(q[:, -num_queries:], k, v, view.mask, self._kernel)
+        kernel: Any = self._kernel
+        out = source.attend(q[:, -num_queries:], k, v, view.mask, kernel)
         return self.o_proj(rearrange(out, "batch seq heads dim -> batch seq (heads dim)"))
 
+    @torch.compiler.disable  # a graph for every layout of documents: their sizes are guarded on
     def _kernel(self, q: Heads, k: KVHeads, v: Values, mask: Any) -> Tensor:
         """The scale is the content head's, also where the scheme widens q and k."""
         return self.backend.attend(q, k, v, mask, self.head_dim**-0.5)
@@ -203,7 +205,7 @@ class Llama(nn.Module):
         self,
         config: LlamaConfig,
         position: PositionScheme | Layers,
-        attn_implementation: AttnImplementation = "sdpa",
+        attn_implementation: AttnImplementation = "auto",
     ) -> None:
         super().__init__()
         self.config = config

@@ -1,6 +1,7 @@
 """torch's scaled_dot_product_attention, on stretches of packed rows: on any device."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -12,7 +13,16 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from lit_longctx.batch import Documents
-from lit_longctx.model.backend import AttentionBackend, Heads, KVHeads, Values, aligned, widen
+from lit_longctx.model.backend import (
+    CUDNN_FIRST,
+    AttentionBackend,
+    Heads,
+    KVHeads,
+    Values,
+    aligned,
+    kernel_order,
+    widen,
+)
 
 
 class Segments:
@@ -182,12 +192,6 @@ def _kernel_priority(q: Tensor) -> Any:
 
     Not on packed ones, for which it would build a graph for every new length of a document.
     """
-    from contextlib import nullcontext
-
     if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
         return nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    order += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
+    return kernel_order(CUDNN_FIRST)

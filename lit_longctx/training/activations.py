@@ -93,11 +93,11 @@ def apply_recompute(
             are recomputed.
     """
     if recompute != "none":
-        for module in llama.modules():
-            if isinstance(module, nn.RMSNorm):
-                module.forward = partial(_norm, module.forward)
-            elif isinstance(module, MLP):
-                cast(Any, module).down = partial(_recomputed, module.down)
+        for module in llama.modules():  # by class, so that all blocks share compiled graphs
+            if type(module) is nn.RMSNorm:
+                module.__class__ = RecomputedNorm
+            elif type(module) is MLP:
+                module.__class__ = RecomputedMLP
     if recompute not in WHOLE_BLOCKS:
         return
     options: dict[str, Any] = dict(PLAINLY)
@@ -111,9 +111,21 @@ def apply_recompute(
         block.forward = forward if inputs is None else partial(inputs.call, index, forward)
 
 
-def _norm(forward: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """On CUDA torch's kernel is fused and keeps its input alone."""
-    return _recomputed(forward, x) if x.device.type == "cpu" else forward(x)
+class RecomputedNorm(nn.RMSNorm):
+    """RMSNorm that keeps its input alone, as torch's fused kernel on CUDA does by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise; backward normalises again."""
+        forward = super().forward
+        return _recomputed(forward, x) if x.device.type == "cpu" else forward(x)
+
+
+class RecomputedMLP(MLP):
+    """SwiGLU that keeps the outputs of its first two products, and computes SiLU again."""
+
+    def down(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Second half of the map; backward repeats what is elementwise."""
+        return _recomputed(super().down, gate, up)
 
 
 def _recomputed(function: Callable[..., Tensor], *inputs: Any, **options: Any) -> Tensor:

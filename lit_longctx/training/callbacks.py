@@ -12,6 +12,7 @@ from lit_longctx.checkpoint import Checkpoint
 from lit_longctx.checkpoint.companions import keep, keep_tokenizer
 from lit_longctx.data.sampling.data_description import TrainingData, describe_data
 from lit_longctx.progress import EVERY, Heartbeat, TimeLeft
+from lit_longctx.training.flops import model_flops, peak_flops
 from lit_longctx.training.module import LanguageModule
 
 
@@ -21,7 +22,11 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 class ProgressLine(Callback):
-    """Prints step, loss, tokens per second and time left; logs perf/*.
+    """Prints step, loss, tokens per second and time left; logs perf/* and mem/*.
+
+    On a GPU the line also has tokens per second of one GPU, the share of its bfloat16 peak that the
+    model's FLOPs are (MFU; see `flops.ModelFlops` for the two ways to count), and the largest
+    memory that tensors have held.
 
     A line follows the first step, every few steps, and the last that ends within 30 seconds of the
     line before. Where a step, a validation or the wait for data takes longer, a line in between
@@ -30,6 +35,9 @@ class ProgressLine(Callback):
     Args:
         every_n_steps: Most steps between two lines.
     """
+
+    peak: float | None = None
+    """FLOP/s that MFU is a share of; None: not logged."""
 
     def __init__(self, every_n_steps: int = 10) -> None:
         if every_n_steps < 1:
@@ -66,6 +74,8 @@ class ProgressLine(Callback):
         self.first_step = trainer.global_step
         self._start_clock(self.first_step)
         self.fetched = self.ended = time.monotonic()
+        if torch.cuda.is_available():
+            self.peak = peak_flops(torch.cuda.get_device_name())
         self._restart()
         if trainer.is_global_zero and (reason := never_validated(trainer)):
             print(f"validation: never, as {reason}", flush=True)
@@ -81,6 +91,7 @@ class ProgressLine(Callback):
     def _restart(self) -> None:
         self.last = time.monotonic()
         self.tokens = 0
+        self.flops = torch.zeros(2, dtype=torch.float64)
         self.waited = 0.0
 
     def on_train_batch_start(
@@ -99,10 +110,12 @@ class ProgressLine(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: StepBatch, i: int
     ) -> None:
         """Count the step's tokens; print and log when it is time."""
-        context_parallel_size = (
-            module.context_parallel_size if isinstance(module, LanguageModule) else 1
-        )
-        self.tokens += sum(b.input_ids.numel() for b in batch.micro_batches) / context_parallel_size
+        sharing = module.context_parallel_size if isinstance(module, LanguageModule) else 1
+        self.tokens += sum(b.input_ids.numel() for b in batch.micro_batches) / sharing
+        if self.peak and isinstance(module, LanguageModule) and module.llama:
+            for micro in batch.micro_batches:  # on the device, so that nothing waits
+                counted = torch.stack(model_flops(module.config, module.llama.layers, micro))
+                self.flops = self.flops.to(counted.device) + counted / sharing
         self._begin("", 0)
         step, now = trainer.global_step, time.monotonic()
         self._set_clock(step)
@@ -122,16 +135,22 @@ class ProgressLine(Callback):
             "perf/tokens_per_s_per_gpu": rate,
             "perf/data_wait_pct": 100 * self.waited / passed,
         }
+        speed = f"{rate * trainer.world_size:,.0f} tok/s"
+        if self.peak:
+            causal, full = (self.flops / passed / self.peak).tolist()
+            values |= {"perf/mfu_causal": causal, "perf/mfu_full": full}
+            speed += f"  {rate:,.0f} a GPU  MFU {causal:.0%} causal, {full:.0%} full"
         if torch.cuda.is_available():
-            active = torch.cuda.memory_stats()["active_bytes.all.peak"]
-            values["mem/max_active_gib"] = active / 2**30
+            active = torch.cuda.memory_stats()["active_bytes.all.peak"] / 2**30
+            values["mem/max_active_gib"] = active
+            speed += f"  peak {active:.1f} GiB"
         module.log_dict(values)
         seen = trainer.callback_metrics
         if self.heartbeat:
             self.heartbeat.say(
                 f"step {step}/{trainer.max_steps}  loss {float(seen['train/loss']):.4f}  "
                 f"grad {float(seen['train/grad_norm']):.2f}  lr {float(seen['train/lr']):.2e}  "
-                f"{rate * trainer.world_size:,.0f} tok/s  {self.clock}"
+                f"{speed}  {self.clock}"
             )
         self._restart()
 

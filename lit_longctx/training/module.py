@@ -24,7 +24,7 @@ from lit_longctx.data.sampling.data_description import DataDescription, Training
 from lit_longctx.data.tokens.opening import check_tokenizer
 from lit_longctx.evaluation.loss.metrics import LossByPosition
 from lit_longctx.model import Llama, LlamaConfig, layers_of
-from lit_longctx.model.attention import AttnImplementation, automatic
+from lit_longctx.model.attention import AttnImplementation
 from lit_longctx.model.keys import OWN, KeySource
 from lit_longctx.model.memory import Memory
 from lit_longctx.position import PositionScheme, RoPE
@@ -48,7 +48,7 @@ class LanguageModule(LightningModule, ABC):
         config: Shape of a model with random weights, in place of a checkpoint.
         position: Position scheme; theta and original_context that it leaves open are the
             checkpoint's. Default: the checkpoint's, or RoPE.
-        attn_implementation: Attention back end.
+        attn_implementation: Attention back end; `auto`: varlen on CUDA in bf16 or fp16, else sdpa.
         learning_rate: Peak learning rate of AdamW.
         schedule: Learning rate by step.
         weight_decay: Of matrices; norms and biases are never decayed.
@@ -74,7 +74,7 @@ class LanguageModule(LightningModule, ABC):
         checkpoint: str | None = None,
         config: LlamaConfig | None = None,
         position: PositionScheme | None = None,
-        attn_implementation: AttnImplementation = "sdpa",
+        attn_implementation: AttnImplementation = "auto",
         learning_rate: float = 2e-5,
         schedule: Schedule = WarmupCosine(),
         weight_decay: float = 0.1,
@@ -139,16 +139,13 @@ class LanguageModule(LightningModule, ABC):
         self._check_data()
         if self.trainer.state.fn == "fit" and self.trainer.max_steps > 0:
             self.settings.check(self.trainer.max_steps)
-        attention = self.attn_implementation
-        if attention == "auto":
-            attention = automatic(self.trainer.strategy.root_device, self.compute_dtype)
         with torch.device("meta"):
-            llama = Llama(self.config, self.layers, attention)
+            llama = Llama(self.config, self.layers, self.attn_implementation)
+        if self.compile_blocks:
+            parallel.apply_compile(llama)
         apply_levers(
             llama, self.recompute, self.offload, self.mlp_tile_tokens, self.head_chunk_tokens
         )
-        if self.compile_blocks:
-            parallel.apply_compile(llama)
         strategy = self.trainer.strategy
         device = strategy.root_device
         if isinstance(strategy, parallel.FSDP2Strategy):

@@ -57,9 +57,13 @@ def apply_sharding(
 
 
 def apply_compile(llama: Llama) -> None:
-    """Compile block by block: one graph serves all of them."""
+    """Compile every block's forward; the same few graphs serve all blocks and layouts of documents.
+
+    To be applied first: what recomputes whole blocks must stand outside the compiled code, which
+    it would otherwise keep from being compiled.
+    """
     for block in llama.model.layers:
-        block.compile()
+        block.forward = torch.compile(block.forward)
 
 
 class FSDP2Strategy(ModelParallelStrategy):

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,8 +12,11 @@ from torch.utils.data import DataLoader
 from training.runs import own_process_group, quiet_trainer
 from training.test_module import CONFIG, rows, step
 
+from lit_longctx.model.layers import Layers
+from lit_longctx.position import RoPE
 from lit_longctx.training.callbacks import ProgressLine
 from lit_longctx.training.checkpoints import Checkpoints
+from lit_longctx.training.flops import model_flops
 from lit_longctx.training.module import ContinualPretrain
 
 
@@ -57,6 +61,32 @@ def test_quick_steps_are_said_at_the_first_and_every_few(
     said = lines(tmp_path, capsys, 12)
     assert [re.match(r"step (\d+)/12  loss", line)[1] for line in said] == ["1", "5", "10", "12"]
     assert all(re.search(r"tok/s  ETA \d:\d\d:\d\d$", line) for line in said)
+
+
+def test_mfu_is_of_the_tokens_that_the_speed_is_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """On a pretended peak of 1e9 FLOP/s: both are sums over the same seconds."""
+    monkeypatch.setattr(ProgressLine, "peak", 1e9, raising=False)
+    found: list[dict[str, float]] = []
+    real = ContinualPretrain.log_dict
+
+    def log_dict(self: ContinualPretrain, values: dict[str, float], **options: Any) -> None:
+        found.append(dict(values))
+        real(self, values, **options)
+
+    monkeypatch.setattr(ContinualPretrain, "log_dict", log_dict)
+    said = lines(tmp_path, capsys, 2, every_n_steps=1)
+    assert all(re.search(r"tok/s  [\d,]+ a GPU  MFU \d+% causal, \d+% full  ETA", s) for s in said)
+    speeds = [values for values in found if "perf/mfu_full" in values]
+    assert len(speeds) == 2
+    layers = Layers.alike(RoPE(), CONFIG.num_hidden_layers)
+    for number, values in enumerate(speeds):
+        flops = model_flops(CONFIG, layers, rows(number))
+        tokens = rows(number).input_ids.numel()
+        for name in ("causal", "full"):
+            per_token = values[f"perf/mfu_{name}"] / values["perf/tokens_per_s_per_gpu"] * 1e9
+            assert per_token == pytest.approx(float(getattr(flops, name)) / tokens, rel=1e-9)
 
 
 def test_within_a_slow_step_the_micro_batches_are_counted(

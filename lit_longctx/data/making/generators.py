@@ -173,7 +173,7 @@ class Checkpoint(Generator):
         temperature: 0 for the likeliest token each time; higher is more random.
         top_p: Draw from the fewest likeliest tokens that have this probability.
         prefill_tokens: Prompt tokens to read at a time; fewer need less memory.
-        attn_implementation: Attention back end.
+        attn_implementation: Attention back end; `auto`: varlen on CUDA in bf16 or fp16, else sdpa.
         dtype: Of weights, keys and values.
         device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
     """
@@ -187,7 +187,7 @@ class Checkpoint(Generator):
         temperature: float = 0.7,
         top_p: float = 1.0,
         prefill_tokens: int = 1024,
-        attn_implementation: AttnImplementation = "sdpa",
+        attn_implementation: AttnImplementation = "auto",
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         device: str = "auto",
     ) -> None:
