@@ -1,9 +1,10 @@
 """Every back end against softmax written out in float64."""
 
+import inspect
 import sys
-from itertools import pairwise
 from types import SimpleNamespace
 
+import flash_stand_in
 import pytest
 import torch
 import torch.nn.functional as F
@@ -129,92 +130,39 @@ def test_a_window_costs_length_times_window_and_one_mask():
     assert len(storages) == 1  # every block's mask is a corner of the same
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("name", ["flash_attention_2", "varlen", "older varlen"])
-def test_variable_length_kernels_are_told_of_the_window(name, monkeypatch):
-    """A stand-in for both kernels: dense, float64, and by flash-attn's own words for a window."""
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash))
-    kernel = older_varlen_stand_in if name == "older varlen" else varlen_stand_in
+def test_variable_length_kernels_are_given_what_they_take(name, deterministic, monkeypatch):
+    """Dtype, strides, int32 offsets, head dimension, signature: the stand-ins refuse all else."""
+    package = SimpleNamespace(flash_attn_varlen_func=flash_stand_in.flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    older = name == "older varlen"
+    kernel = flash_stand_in.older_varlen_attn if older else flash_stand_in.varlen_attn
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 0))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     backend = attention_backend(name.removeprefix("older "))
     for queries, keys in (
         (packed(2, 60, share=0.05), None),
         (one_document(2, 5), one_document(2, 30)),
     ):
         keys = queries if keys is None else keys
-        q, k = heads(2, queries.ids.shape[1], 4, 8), heads(2, keys.ids.shape[1], 2, 8)
+        (rows, now), seen = queries.ids.shape, keys.ids.shape[1]
+        q = heads(rows, now, 4, 16).bfloat16()
+        k, v = heads(rows, seen, 2, 16).bfloat16(), heads(rows, seen, 2, 8).bfloat16()
         for window in (None, 1, 12):
-            out = backend.attend(q, k, k, backend.prepare(queries, keys, window), 0.5)
-            expected = by_hand(q, k, k, queries.ids, keys.ids, 0.5, window or 10**9)
-            torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+            out = backend.attend(q, k, v, backend.prepare(queries, keys, window), 0.5)
+            expected = by_hand(q, k, v, queries.ids, keys.ids, 0.5, window or 10**9)
+            torch.testing.assert_close(out, expected.bfloat16(), rtol=2**-7, atol=1e-6)
 
 
-def flash(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    softmax_scale,
-    causal,
-    window_size,
-    deterministic=False,
-    **lengths,
-):
-    """As flash-attn since 2.1: aligned bottom right; `window_size` keys to each side, −1: all."""
-    assert causal
-    assert deterministic == torch.are_deterministic_algorithms_enabled()
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    assert q.dtype == k.dtype == v.dtype
-    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-    assert lengths == {
-        "max_seqlen_q": int(cu_seqlens_q.diff().max()),
-        "max_seqlen_k": int(cu_seqlens_k.diff().max()),
-    }
-    left, right = window_size
-    assert right == 0
-    repeats = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    out = torch.empty_like(q)
-    begins = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
-    for (a, b), (c, d) in pairwise(begins):
-        i = torch.arange(c - a)[:, None] + (d - b) - (c - a)
-        j = torch.arange(d - b)[None]
-        seen = (j <= i) if left < 0 else (j <= i) & (j >= i - left)
-        scores = torch.einsum("qhd,khd->hqk", q[a:c].double(), k[b:d].double()) * softmax_scale
-        probs = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-        out[a:c] = torch.einsum("hqk,khd->qhd", probs, v[b:d].double()).to(q.dtype)
-    return out
-
-
-def varlen_stand_in(
-    q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False
-):
-    """As in torch 2.15; before, without `enable_gqa`, heads had to be as many."""
-    assert window_size[1] == 0, "causal"
-    assert enable_gqa == (q.shape[1] != k.shape[1])
-    return flash(
-        q,
-        k,
-        v,
-        cu_seq_q,
-        cu_seq_k,
-        scale,
-        True,
-        window_size,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        max_seqlen_q=max_q,
-        max_seqlen_k=max_k,
-    )
-
-
-def older_varlen_stand_in(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
-    """As in torch 2.11."""
-    assert q.shape[1] == k.shape[1] == v.shape[1]
-    return varlen_stand_in(
-        q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size
-    )
+def test_the_stand_in_has_the_signature_of_this_torch():
+    ours, theirs = (inspect.signature(f) for f in (flash_stand_in.varlen_attn, varlen.varlen_attn))
+    assert list(ours.parameters) == list(theirs.parameters)
+    for name, parameter in theirs.parameters.items():
+        assert ours.parameters[name].kind == parameter.kind
+        assert ours.parameters[name].default == parameter.default
 
 
 @pytest.mark.parametrize(
