@@ -116,7 +116,7 @@ def test_a_run_fits_together(options):
     parser.add_subclass_arguments(LanguageModule, "model")
     module = parser.instantiate(parser.parse_object({"model": model})).model
     with torch.device("meta"):
-        llama = Llama(module.config, module.layers)  # flash-attn need not be installed
+        llama = Llama(module.config, module.layers, module.attn_implementation)
     assert all(parameter.is_meta for parameter in llama.parameters())
     places = torch.tensor([[0, data.window - 1]])
     assert llama.position.encode(places, module.config.head_width).isfinite().all()

@@ -173,8 +173,8 @@ def under_everything(rank: int) -> None:
     plain.loss(batch)[0].backward()
     for name in NAMES:
         spread = build("YaRN", "GQA")
-        apply_levers(spread, "block", "block_inputs", mlp_tile_tokens=20)
         parallel.apply_compile(spread)
+        apply_levers(spread, "block", "block_inputs", mlp_tile_tokens=20)
         apply_context_parallel(spread, context_parallel(name, None, 1))
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         parallel.apply_sharding(spread, mesh, torch.float32)
