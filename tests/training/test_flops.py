@@ -41,7 +41,7 @@ def test_llama_3_8b_costs_45_gflops_a_token_and_1_573_mflops_per_token_of_contex
     """6N = 45.0 G and 1.573e6 per token of context, as torchtitan and others count."""
     assert 6 * matrix_weights(LLAMA_3_8B) == pytest.approx(45.0e9, rel=1e-3)
     windows = torch.full((1, 4097), 5)
-    layers = Layers.alike(RoPE(), 32)
+    layers = Layers.uniform(RoPE(), 32)
     found = model_flops(LLAMA_3_8B, layers, pack(windows, bos=1))
     dense = 6 * matrix_weights(LLAMA_3_8B) * 4096
     assert float(found.full - dense) == pytest.approx(1.573e6 * 4096**2, rel=1e-3)

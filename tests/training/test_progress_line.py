@@ -80,7 +80,7 @@ def test_mfu_is_of_the_tokens_that_the_speed_is_of(
     assert all(re.search(r"tok/s  [\d,]+ a GPU  MFU \d+% causal, \d+% full  ETA", s) for s in said)
     speeds = [values for values in found if "perf/mfu_full" in values]
     assert len(speeds) == 2
-    layers = Layers.alike(RoPE(), CONFIG.num_hidden_layers)
+    layers = Layers.uniform(RoPE(), CONFIG.num_hidden_layers)
     for number, values in enumerate(speeds):
         flops = model_flops(CONFIG, layers, rows(number))
         tokens = rows(number).input_ids.numel()
