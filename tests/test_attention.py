@@ -335,7 +335,7 @@ def test_flex_says_that_it_cannot_train_on_the_cpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "varlen", "flex_attention"])
+@pytest.mark.parametrize("name", ["auto", "sdpa", "flash_attention_2", "varlen", "flex_attention"])
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(8, 8), (8, 2)])
 def test_kernels_on_cuda(name, q_heads, kv_heads):
     documents = packed(2, 512, share=0.02)

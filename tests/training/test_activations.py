@@ -133,7 +133,7 @@ def live_after_forward(layers: int, offload: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("lit_longctx.training.offload.Copies", Host)
     shape = {**vars(CONFIG), "num_hidden_layers": layers}
     with torch.device("meta"):
-        llama = Llama(LlamaConfig(**shape), YaRN(factor=4, original_context=64))
+        llama = Llama(LlamaConfig(**shape), YaRN(factor=4, original_context=64), "sdpa")
     rows = packed()
     batch = Batch(*(x.to("meta") for x in rows[:-1]), rows.documents)
     llama.backend.prepare = lambda *_: None

@@ -12,13 +12,13 @@ from lit_longctx.batch import pack
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.position import RoPE
 from lit_longctx.training import parallel
-from lit_longctx.training.activations import apply_recompute
+from lit_longctx.training.activations import Recompute, apply_levers
 
 CONFIG = LlamaConfig(61, 32, 48, 3, 4, 2)
 LAYOUTS = 14
 
 
-def compile_layouts(whole_blocks: bool) -> None:
+def compile_layouts(recompute: Recompute) -> None:
     """Whole rows, long documents, many short ones; the losses are those of plain blocks."""
     torch.manual_seed(0)
     counter = CompileCounter()
@@ -26,7 +26,7 @@ def compile_layouts(whole_blocks: bool) -> None:
     plain, compiled = Llama(CONFIG, RoPE()), Llama(CONFIG, RoPE())
     compiled.load_state_dict(plain.state_dict())
     parallel.apply_compile(compiled)
-    apply_recompute(compiled, "block" if whole_blocks else "elementwise")
+    apply_levers(compiled, recompute)
     counts = []
     for layout in range(LAYOUTS):
         windows = torch.randint(2, CONFIG.vocab_size, (2, 257))
@@ -39,12 +39,14 @@ def compile_layouts(whole_blocks: bool) -> None:
     assert counts == [4] * LAYOUTS, counts
 
 
-@pytest.mark.parametrize("whole_blocks", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_fourteen_layouts_and_all_layers_share_four_graphs(whole_blocks: bool):
+@pytest.mark.parametrize(
+    "recompute", ["elementwise", pytest.param("block", marks=pytest.mark.slow)]
+)
+def test_fourteen_layouts_and_all_layers_share_four_graphs(recompute: Recompute):
     """In a process of its own: checks of shapes in annotations would be compiled too."""
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(runs.PRELOADED)
-    process = forks.Process(target=compile_layouts, args=(whole_blocks,))
+    process = forks.Process(target=compile_layouts, args=(recompute,))
     process.start()
     process.join(runs.TIMEOUT)
     assert process.exitcode == 0

@@ -18,7 +18,7 @@ from lit_longctx.model.layers import LayerKind, Layers
 from lit_longctx.position import NoPE, RoPE
 from lit_longctx.position.xpos import XPos
 from lit_longctx.training import parallel
-from lit_longctx.training.activations import apply_recompute
+from lit_longctx.training.activations import apply_levers
 
 CONFIG = LlamaConfig(61, 32, 48, 3, 4, 2)
 LAYERS = Layers((LayerKind(RoPE()), LayerKind(XPos(), window=9), LayerKind(NoPE())), (0, 1, 2))
@@ -32,7 +32,7 @@ def llama(monkeypatch: pytest.MonkeyPatch) -> Iterator[Llama]:
         patched.setattr(torch.cuda, "is_available", lambda: True)
         patched.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 0))
         llama = Llama(CONFIG, LAYERS, attn_implementation="varlen")
-    apply_recompute(llama)
+    apply_levers(llama)
     with own_process_group():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         parallel.apply_sharding(llama, init_device_mesh("cpu", (1,)), torch.bfloat16)
