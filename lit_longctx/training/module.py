@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_longctx.batch import Batch, StepBatch
+from lit_longctx.batch import StepBatch
 from lit_longctx.checkpoint import (
     Checkpoint,
     describe,
@@ -20,9 +19,8 @@ from lit_longctx.checkpoint import (
     parameters,
 )
 from lit_longctx.context_parallel import ContextParallel, apply_context_parallel
-from lit_longctx.data.sampling.data_description import DataDescription, TrainingData, describe_data
+from lit_longctx.data.sampling.data_description import TrainingData
 from lit_longctx.data.tokens.opening import check_tokenizer
-from lit_longctx.evaluation.loss.metrics import LossByPosition
 from lit_longctx.model import Llama, LlamaConfig, layers_of
 from lit_longctx.model.attention import AttnImplementation
 from lit_longctx.model.keys import OWN, KeySource
@@ -30,6 +28,7 @@ from lit_longctx.model.memory import Memory
 from lit_longctx.position import PositionScheme, RoPE
 from lit_longctx.training import parallel
 from lit_longctx.training.activations import Offload, Recompute, apply_levers, check_levers
+from lit_longctx.training.held_out import HeldOutValidation
 from lit_longctx.training.optimizers import (
     OptimizerName,
     make_optimizer,
@@ -40,7 +39,7 @@ from lit_longctx.training.settings import StageSettings
 from lit_longctx.training.step import StepResult, accumulate_gradients
 
 
-class LanguageModule(LightningModule, ABC):
+class LanguageModule(HeldOutValidation, ABC):
     """What every kind of training shares; the data module owns the loss weights, this sums them.
 
     Args:
@@ -126,9 +125,6 @@ class LanguageModule(LightningModule, ABC):
         self.context_parallel: ContextParallel | None = None
         self._told = False
         self.samples_consumed = 0
-        self.loaded_step = 0
-        self.llama: Llama | None = None
-        self.held_out_loss: LossByPosition | None = None
 
     # ---- the model
 
@@ -251,15 +247,6 @@ class LanguageModule(LightningModule, ABC):
         self.log_dict({f"train/{name}": value for name, value in values.items()})
         self._log_step()
 
-    @property
-    def trained_steps(self) -> int:
-        """Updates that made the weights; of a checkpoint that is only measured, its own."""
-        return self.global_step or self.loaded_step
-
-    def _log_step(self) -> None:
-        """Have loggers count steps as the console does; Lightning would count from 0, by epoch."""
-        self.log("step", float(self.trained_steps))
-
     def _tell_balance(self, context: ContextParallel, step: StepBatch) -> None:
         """Say how evenly the documents of a first step give the processes attention to do."""
         self._told = True
@@ -273,11 +260,6 @@ class LanguageModule(LightningModule, ABC):
     def context_parallel_size(self) -> int:
         """Processes that have the same rows as this one, itself among them."""
         return 1 if self.context_parallel is None else self.context_parallel.size
-
-    @property
-    def data(self) -> DataDescription:
-        """What the data says of itself."""
-        return describe_data(getattr(self.trainer, "datamodule", None))
 
     @property
     def settings(self) -> StageSettings:
@@ -311,38 +293,6 @@ class LanguageModule(LightningModule, ABC):
             f"{self.global_rank}; weights are as before the step; resume from the last checkpoint "
             "with a lower learning rate"
         )
-
-    # ---- validation
-
-    def on_validation_start(self) -> None:
-        """Start counting anew."""
-        data = self.data
-        loss = LossByPosition(list(data.sources), data.validation_window or data.window or 4096)
-        self.held_out_loss = loss.to(self.device)
-
-    on_test_start = on_validation_start
-
-    def validation_step(self, batch: Batch, index: int) -> None:
-        """Count nats by position and source."""
-        assert self.llama is not None
-        assert self.held_out_loss is not None
-        self.held_out_loss.update(self.llama.loss(batch)[1], batch)
-
-    test_step = validation_step
-
-    def on_validation_epoch_end(self) -> None:
-        """Log what was counted, over all ranks."""
-        self._log_held_out("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the same under the test's name."""
-        self._log_held_out("test")
-
-    def _log_held_out(self, prefix: str) -> None:
-        assert self.held_out_loss is not None
-        self.log_dict(self.held_out_loss.scalars(prefix), sync_dist=False)
-        self._log_step()
-        self.held_out_loss = None
 
     # ---- checkpoints
 
