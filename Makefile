@@ -44,7 +44,7 @@ checkpoints/smollm2:
 real: venv checkpoints/smollm2
 	test -d data/real || $(RUN) prepare --config config/real_prepare.yaml
 	$(RUN) evaluate --config config/real_evaluate.yaml
-	$(RUN) evaluate --config config/real_needles.yaml
+	$(RUN) evaluate --config config/real_needles_evaluate.yaml
 	test -d exports/real || $(RUN) fit --config config/real.yaml --ckpt_path last
 	test -d exports/real || $(RUN) export --checkpoint runs/real --output exports/real
 	$(RUN) evaluate --config config/real_evaluate.yaml --checkpoint [exports/real] --positions [] \
@@ -55,7 +55,7 @@ test: venv
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: venv
-	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1200
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1200 -n 2 --dist worksteal
 
 cases: venv
 	$(BIN)/python tests/test_cases.py

@@ -48,6 +48,17 @@ CHECKPOINTS = {
         "max_position_embeddings": 65_536,
         "rope_theta": 2_000_000.0,
     },
+    "checkpoints/smollm2": {
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100_000.0,
+    },
     "checkpoints/llama3-8b-instruct": {
         **LLAMA,
         "vocab_size": 128_256,
@@ -144,6 +155,9 @@ def test_other_verbs_take_their_config(name):
         if isinstance(value, dict) and "class_path" in value:
             assert type(found).__name__ == value["class_path"]
             value = {k: v for k, v in value["init_args"].items() if not isinstance(v, dict)}
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            assert [type(each).__name__ for each in found] == [v["class_path"] for v in value]
+            continue
         if dataclasses.is_dataclass(found):
             assert value.items() <= dataclasses.asdict(found).items()
         else:

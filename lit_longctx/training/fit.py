@@ -105,6 +105,12 @@ class CLI(LightningCLI):
         options.trainer.default_root_dir = str(run)
         options.ckpt_path = find_checkpoint(run, options.ckpt_path, resume=self.subcommand == "fit")
 
+    def after_fit(self) -> None:
+        """Validate the last step if a stop cut that short: Lightning has found nothing to do."""
+        saving = checkpoints_of(self.trainer)
+        if any(each.unvalidated == self.trainer.global_step for each in saving):
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to TensorBoard in the run folder unless told otherwise."""
         assert self.subcommand is not None
@@ -185,7 +191,7 @@ def fit(arguments: list[str]) -> int:
 
 def run_cli(arguments: list[str], watchdog: Watchdog) -> None:
     """Parse the arguments, build everything and run the verb."""
-    cli = CLI(
+    CLI(
         LanguageModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -198,7 +204,3 @@ def run_cli(arguments: list[str], watchdog: Watchdog) -> None:
         auto_configure_optimizers=False,  # options that would put aside the module's own
         args=arguments,
     )
-    saving = checkpoints_of(cli.trainer)
-    if any(each.unvalidated == cli.trainer.global_step for each in saving):
-        # of the last step: Lightning has found nothing to do
-        cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)

@@ -408,11 +408,9 @@ def test_a_torn_checkpoint_without_a_whole_one_beside_it_is_refused_by_both_proc
     fault = alter(steps / "step-00000030")
     ran = runs.fit(run_folder, "--ckpt_path", steps / "step-00000030", ranks=2)
     assert ran.code == 1
-    lines = ran.err.splitlines()
-    assert len(lines) == 2
-    for line in lines:
-        assert line.startswith(f"lit_longctx: error: {fault}")
-        assert line.endswith("there is no whole one beside it")
+    (line,) = ran.err.splitlines()  # of two processes that failed, the first one's
+    assert line.startswith(f"lit_longctx: error: {fault}")
+    assert line.endswith("there is no whole one beside it")
 
 
 @pytest.mark.parametrize("damage", [alter, pytest.param(never_finish, marks=pytest.mark.slow)])
