@@ -10,7 +10,8 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from lit_longctx.batch import Documents
-from lit_longctx.position.rotary import Rotary, base_frequencies, base_powers, cos_sin
+from lit_longctx.position.rotary import Rotary, base_frequencies, base_powers
+from lit_longctx.position.rotation import cos_sin
 from lit_longctx.position.scheme import KEEP_THE_RUN, document_lengths
 
 

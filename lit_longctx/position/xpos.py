@@ -8,7 +8,8 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from lit_longctx.batch import Documents
-from lit_longctx.position.rotary import Rotary, base_frequencies, cos_sin, rotate
+from lit_longctx.position.rotary import Rotary, base_frequencies
+from lit_longctx.position.rotation import cos_sin, rotate
 
 
 class RotateAndScale(nn.Module):

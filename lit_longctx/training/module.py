@@ -2,7 +2,6 @@
 
 from abc import ABC
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -34,9 +33,10 @@ from lit_longctx.training.optimizers import (
     make_optimizer,
     set_learning_rate,
 )
+from lit_longctx.training.resume import check_same_model, check_same_stages
 from lit_longctx.training.schedule import Schedule, WarmupCosine
 from lit_longctx.training.settings import StageSettings
-from lit_longctx.training.step import StepResult, accumulate_gradients
+from lit_longctx.training.step import accumulate_gradients, describe_blow_up
 
 
 class LanguageModule(HeldOutValidation, ABC):
@@ -232,7 +232,7 @@ class LanguageModule(HeldOutValidation, ABC):
         )
         if not found.is_finite:
             optimizer.zero_grad()
-            raise FloatingPointError(self._describe_blow_up(step, found))
+            raise FloatingPointError(describe_blow_up(self.global_step, step, found))
         rate = settings.learning_rate_at(self.global_step, self.trainer.max_steps)
         set_learning_rate(optimizer, rate)
         optimizer.step()
@@ -285,15 +285,6 @@ class LanguageModule(HeldOutValidation, ABC):
         if isinstance(data := getattr(self.trainer, "datamodule", None), TrainingData):
             data.samples_consumed = samples
 
-    def _describe_blow_up(self, step: StepBatch, found: StepResult) -> str:
-        samples = [int(s) for batch in step.micro_batches for s in batch.samples]
-        return (
-            f"step {self.global_step}: loss {float(found.loss)}, gradient norm "
-            f"{float(found.grad_norm)}, samples {samples[0]} to {samples[-1]} on rank "
-            f"{self.global_rank}; weights are as before the step; resume from the last checkpoint "
-            "with a lower learning rate"
-        )
-
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -326,28 +317,14 @@ class LanguageModule(HeldOutValidation, ABC):
         self.loaded_step = step = checkpoint["global_step"]
         if self.trainer.state.fn == "fit":
             self.data.check_resumed(checkpoint.get("data"))
-        stored, ours = checkpoint.get("stages"), self.data.stages_until(step)
-        if self.trainer.state.fn == "fit" and stored != ours:
-            raise ValueError(
-                f"until step {step} the run's stages were {stored}, the config's are {ours}; go on "
-                "with those it began with"
-            )
+            check_same_stages(step, checkpoint.get("stages"), self.data.stages_until(step))
         self.llama.layers = self.settings.layers_at(max(0, step - 1))
 
     def _check_resumed(self, resumed: Checkpoint) -> None:
         """Refuse a checkpoint of another model: one of fewer layers, say, would load silently."""
-        stored, ours = asdict(resumed.config), asdict(self.config)
-        if self.trainer.state.fn == "fit":  # what only measures may place tokens anew
-            stages = self.settings.all_layers()  # which of them it is, the step tells
-            stored["position"] = resumed.layers
-            ours["position"] = resumed.layers if resumed.layers in stages else stages[0]
-        for name in stored:
-            if stored[name] != ours[name]:
-                raise ValueError(
-                    f"{resumed.path} is of another model: expected {name} {ours[name]}, got "
-                    f"{stored[name]}; to begin a run with its weights, pass it as the model's "
-                    "checkpoint"
-                )
+        # what only measures may place tokens anew
+        layers = self.settings.all_layers() if self.trainer.state.fn == "fit" else None
+        check_same_model(resumed, self.config, layers)
 
 
 @final

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lit_longctx.batch import Batch
+from lit_longctx.batch import Batch, StepBatch
 from lit_longctx.model import Llama
 from lit_longctx.model.keys import KeySource
 
@@ -26,6 +26,17 @@ class StepResult(NamedTuple):
     def is_finite(self) -> bool:
         """Whether the weights may be updated."""
         return bool(self.loss.isfinite() and self.grad_norm.isfinite())
+
+
+def describe_blow_up(number: int, step: StepBatch, found: StepResult) -> str:
+    """Return what a loss or gradient norm that is not finite is refused with."""
+    samples = [int(s) for batch in step.micro_batches for s in batch.samples]
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return (
+        f"step {number}: loss {float(found.loss)}, gradient norm {float(found.grad_norm)}, samples "
+        f"{samples[0]} to {samples[-1]} on rank {rank}; weights are as before the step; resume "
+        "from the last checkpoint with a lower learning rate"
+    )
 
 
 def accumulate_gradients(

@@ -292,7 +292,7 @@ def test_long_rows_rotated_by_tiles_are_the_same_to_the_bit(scheme, dtype, monke
     code = scheme.encode(torch.arange(50).expand(2, 50), 16)
     found: list[list[torch.Tensor]] = []
     for at_once in (2**25, 300):  # all; 2 tokens of 2 rows
-        monkeypatch.setattr("lit_longctx.position.rotary.FEATURES_AT_ONCE", at_once)
+        monkeypatch.setattr("lit_longctx.position.rotation.FEATURES_AT_ONCE", at_once)
         torch.manual_seed(1)
         q, k = (torch.randn(2, 50, n, 16).to(dtype).requires_grad_() for n in (4, 2))
         out = layer(q, k, code)
