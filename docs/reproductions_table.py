@@ -10,6 +10,7 @@ STATUSES = {
     "reproduced": "reproduced",
     "ordering": "ordering",
     "formula": "formula",
+    "not_shown": "not shown",
     "not_run": "not run",
 }
 

@@ -208,12 +208,15 @@ def verify_sizes(folder: Path, hashed: Collection[str] = ()) -> None:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether a folder has a manifest of ours; other programs have files of that name too."""
+    """Whether a folder has a manifest of ours; other programs have files of that name too.
+
+    Ours begin as `_signed` writes them, torn or not, and list files or bear their own hash.
+    """
     try:
         text = (folder / NAME).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return False
-    return b'"sha256"' in text or b'"files"' in text  # both, unless it is torn
+    return text.startswith(b'{\n "') and (b'\n "sha256": "' in text or b'\n "files": {' in text)
 
 
 def check_listed(folder: Path, names: Collection[str]) -> None:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lit_longctx import manifest
 from lit_longctx.json_file import read_object
@@ -151,7 +151,7 @@ def keep_tokenizer(source: Path, run: Path) -> None:
 
 def list_of(ids: int | Sequence[int] | None) -> list[int]:
     """Return token ids that a config gives as one number, several or none."""
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [cast(int, ids)]
 
 
 def _has_tokenizer(folder: Path) -> bool:

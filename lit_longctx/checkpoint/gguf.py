@@ -7,6 +7,7 @@ tensors and rope keys that it does not know.
 
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
 
 import torch
@@ -162,6 +163,8 @@ class GGUF:
     def position(self, config: LlamaConfig) -> PositionScheme:
         """Return the scheme of rope keys and factors; ValueError names what it cannot be."""
         rope = {ROPE_KEYS[k]: value for k, value in self._llama().items() if k in ROPE_KEYS}
+        if rope.get("factor", 1) not in (0, 1):  # llama.cpp's default
+            rope.setdefault("rope_type", "linear")
         if rope.get("rope_type") in (None, "none"):
             rope = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10_000.0)}
         context = config.max_position_embeddings
@@ -263,8 +266,12 @@ class GGUFTokenizer:
             raise ValueError(
                 f"{self.file.path} needs the package transformers; pip install 'lit_longctx[hf]'"
             ) from None
-        path = self.file.path
-        found = cast(Any, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
+        path = self.file.path.resolve()
+        with TemporaryDirectory() as alone:  # a neighbour's tokenizer_config.json would be read too
+            (Path(alone) / path.name).symlink_to(path)
+            options = {"trust_remote_code": False, "local_files_only": True}
+            loaded = AutoTokenizer.from_pretrained(alone, gguf_file=path.name, **options)
+        found = cast(Any, loaded)
         if self.bytes:
             found.backend_tokenizer.pre_tokenizer = pre_tokenizer(PRE_TOKENIZERS[self.cut])
         found.save_pretrained(folder)

@@ -68,7 +68,14 @@ def check_pickles(folder: Path) -> None:
             torch.load(file, weights_only=True)
     except ValueError as error:
         raise ValueError(f"{file} {error}; do not use a checkpoint you do not trust") from None
-    except (pickle.UnpicklingError, AttributeError, KeyError, EOFError, OSError) as error:
+    except (
+        pickle.UnpicklingError,
+        AttributeError,
+        KeyError,
+        EOFError,
+        OSError,
+        RuntimeError,  # of torch, for a torn archive
+    ) as error:
         line = " ".join(str(error).split())[:200]
         raise ValueError(f"{file} is torn, or holds more than values: {line}") from None
 

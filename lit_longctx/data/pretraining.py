@@ -244,7 +244,7 @@ def read_batch(readers: Mapping[int, WindowReader], rows: Rows, bos: int) -> Bat
         reader = readers[source] if window >= 0 else None
         if isinstance(reader, MDSWindows) and (targets := reader.targets(window)) is not None:
             labels[~torch.from_numpy(targets[1:])] = NO_TARGET
-    return batch
+    return batch._replace(loss_weights=(batch.labels != NO_TARGET).float())
 
 
 def _row(reader: WindowReader, window: int) -> tuple[np.ndarray, np.ndarray]:

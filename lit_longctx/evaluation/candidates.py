@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from lit_longctx import position as position_package
 from lit_longctx.checkpoint import Checkpoint, describe_position, open_checkpoint
 from lit_longctx.manifest import identity, short_hash
 from lit_longctx.position import PositionScheme
@@ -39,13 +40,14 @@ class Candidate(NamedTuple):
 
 
 def code_of(schemes: Sequence[PositionScheme]) -> str:
-    """Return a hash of the code of position schemes: of the modules that they and theirs are in.
+    """Return a hash of the code of position schemes: our package of them, and their own modules.
 
     Comments do not count. A scheme whose code is in no file is a new one each time.
     """
     classes = {kind for scheme in schemes for kind in type(scheme).__mro__}
-    ours = {kind.__module__ for kind in classes if issubclass(kind, PositionScheme)}
-    return short_hash([_code(name) for name in sorted(ours)])
+    named = {kind.__module__ for kind in classes if issubclass(kind, PositionScheme)}
+    package = {name for name in sys.modules if name.startswith(f"{position_package.__name__}.")}
+    return short_hash([_code(name) for name in sorted(named | package)])
 
 
 def _code(module: str) -> str:

@@ -201,3 +201,4 @@ def test_tokens_of_mask_0_are_no_targets(storage):
         ]
         assert batch.labels[row].tolist() == expected
     assert (batch.labels[1] == -100).all()
+    assert (batch.loss_weights == (batch.labels != -100)).all()  # else the mean is over all tokens

@@ -214,6 +214,12 @@ class Chunks:
         # litdata's header: the number of items, then where each begins and where the last ends
         begin = int(np.frombuffer(content, np.uint32, 2)[1])
         tokens = np.frombuffer(content, self.dtype, offset=begin)
+        expected = int(self.ends[chunk] - (self.ends[chunk - 1] if chunk else 0))
+        if len(tokens) != expected:
+            raise ValueError(
+                f"{self.names[chunk]} holds {len(tokens)} tokens; its index says {expected}; "
+                "prepare the folder again"
+            )
         return tokens[token - int(self.ends[chunk]) :]
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from functools import cache
 from typing import Any, final
 
@@ -80,11 +81,15 @@ class TemplateProcess:
         assert process.stdin
         assert process.stdout
         try:
-            process.stdin.write(request)
-            process.stdin.flush()
-        except BrokenPipeError:
-            pass  # why it ended is said below
-        if (line := process.stdout.readline()).endswith(b"\n"):
+            with suppress(BrokenPipeError):  # why it ended is said below
+                process.stdin.write(request)
+                process.stdin.flush()
+            line = process.stdout.readline()
+        except BaseException:  # an interrupt: its reply would be taken for the next one's
+            self.process = None
+            process.kill()
+            raise
+        if line.endswith(b"\n"):
             return line
         self.process = None
         _, said = process.communicate()
