@@ -126,7 +126,7 @@ def rows(model: str, gpus: int) -> Iterator[str]:
 
 
 def claims() -> None:
-    print("Llama-3-8B, 8 GPUs:\n\n| levers | KiB a token | longest row | asked for | host GiB |")
+    print("Llama-3-8B, 8 GPUs:\n\n| levers | KiB a token | longest row | aimed at | host GiB |")
     print("|---|---|---|---|---|")
     for levers in (BLOCK, *WANTED):
         device, host = lines("Llama-3-8B", 8, levers)

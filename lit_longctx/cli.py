@@ -133,7 +133,7 @@ RENAMED = {
     "places": "position_transform",
     "forced": "teacher_forced",
     "FromNothing": "TemplatedTask",
-    "activation_checkpointing": "recompute: block",
+    "activation_checkpointing": "recompute, block for true",
 }
 """Options and values of earlier configs."""
 NOW_CALLED = " is now called "

@@ -95,7 +95,7 @@ def test_a_key_of_earlier_configs_is_refused_with_its_new_name():
     old = ["--model.init_args.activation_checkpointing", "true"]
     ran = runs.run("fit", "--config", str(runs.config()), *old)
     assert ran.code == 2
-    assert ran.err.endswith("activation_checkpointing is now called recompute: block\n")
+    assert ran.err.endswith("activation_checkpointing is now called recompute, block for true\n")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("gguf")
 
 import gguf_files
 from PIL import Image
+from training.runs import own_process_group
 
 from lit_longctx.cli import main
 
@@ -45,7 +47,7 @@ def run(command: list[str]) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def folder(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     seeded = random.Random(0)
     words = ["".join(seeded.choices("abcdefghij", k=4)) for _ in range(50)]
@@ -53,7 +55,8 @@ def folder(tmp_path, monkeypatch) -> Path:
         for number in range(40):
             text = " ".join(seeded.choices(words, k=300))
             file.write(json.dumps({"id": str(number), "text": text}) + "\n")
-    return tmp_path
+    with own_process_group():  # training happens in this process
+        yield tmp_path
 
 
 @pytest.mark.slow

@@ -398,7 +398,8 @@ def killed_while(server, flags, replies):
     begun, dead = len(server.log), threading.Event()
     server.hold = lambda number: number <= begun + replies or dead.wait()
     code = (
-        "import sys; from lit_longctx import cli; from lit_longctx.data.making import synthesize; "
+        "import sys; from lit_longctx import cli; "
+        "from lit_longctx.data.making import generators, synthesize; "
         "cli.call(synthesize.synthesize, 'synthesize', sys.argv[1:])"
     )
     process = subprocess.Popen([sys.executable, "-c", code, *flags], stdout=subprocess.DEVNULL)

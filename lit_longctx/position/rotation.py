@@ -34,7 +34,8 @@ def rotate(
 ) -> Float[Tensor, "batch seq heads head_dim"]:
     """`turn` in float32, returned in x's dtype; of long rows some tokens at a time.
 
-    The same to the bit, gradient included; float32 copies exist of `FEATURES_AT_ONCE` alone.
+    The same to the bit, gradient included; float32 copies exist of `FEATURES_AT_ONCE` alone, unless
+    it is compiled.
     """
     if x.numel() <= FEATURES_AT_ONCE or torch.compiler.is_compiling():
         return turn(x.float(), cos, sin).to(x.dtype)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_longctx import manifest
@@ -61,16 +62,17 @@ class Checkpoints(Callback):
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Take the run folder for this run alone; every process learns of it if that fails."""
         fault = None
-        if stage == "fit" and trainer.is_global_zero:
+        guarded = stage == "fit" or self.unvalidated is not None
+        if guarded and trainer.is_global_zero:
             try:
                 self.lock = RunLock(run_folder(trainer))
                 self.unvalidated = read_preempted(run_folder(trainer))
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 fault = str(error)
         fault, self.unvalidated = trainer.strategy.broadcast((fault, self.unvalidated))
         if fault:
             raise ValueError(fault)
-        if stage == "fit" and threading.current_thread() is threading.main_thread():
+        if guarded and threading.current_thread() is threading.main_thread():
             self.signals = StopSignals(lambda: end_launched(trainer))
             # Lightning's own, which save and talk to the other processes inside of a handler
             trainer._signal_connector.register_signal_handlers = lambda: None
@@ -108,7 +110,21 @@ class Checkpoints(Callback):
         if self.unvalidated == trainer.global_step:
             self.saved = trainer.global_step  # it goes on from there
             validate(trainer)
+        self.forget_preempted(trainer)
+
+    def forget_preempted(self, trainer: Trainer) -> None:
+        """Take note that nothing is left of what a stop cut short."""
         self.unvalidated = None
+        if trainer.is_global_zero:
+            (run_folder(trainer) / PREEMPTED).unlink(missing_ok=True)
+
+    def made_up_for(self, trainer: Trainer) -> bool:
+        """Whether the last step's validation is still to be made; Lightning would make none."""
+        if self.unvalidated != trainer.global_step:
+            self.forget_preempted(trainer)
+            return False
+        self.saved = trainer.global_step
+        return True
 
     # ---- between two steps
 
@@ -194,12 +210,12 @@ class Checkpoints(Callback):
         if trainer.is_global_zero:
             left = {"step": step, "signal": name, "unvalidated": unvalidated}
             manifest.write_text(run_folder(trainer) / PREEMPTED, json.dumps(left) + "\n")
-        for each in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            if isinstance(each, Watchdog):
-                each.ended.set()
         message = f"stopped by {name} at step {step}; go on with --ckpt_path last"
         say(message)
         trainer.strategy.barrier()
+        for each in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(each, Watchdog):
+                each.ended.set()
         # Lightning's own launcher ends the first process if it finds another that failed
         code = 0 if launched(trainer) and not trainer.is_global_zero else GO_ON
         raise Preempted(message, code)
@@ -220,14 +236,12 @@ def checkpoints_of(trainer: Any) -> list[Checkpoints]:
 
 
 def read_preempted(run: Path) -> int | None:
-    """Remove RUN/preempted; return the step whose validation it says was cut short, if any."""
+    """Return the step whose validation RUN/preempted says was cut short, if any."""
     try:
         left = json.loads((run / PREEMPTED).read_text())
         return left["step"] if left["unvalidated"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    finally:
-        (run / PREEMPTED).unlink(missing_ok=True)
 
 
 def validate(trainer: Trainer) -> None:
@@ -242,7 +256,7 @@ def validate(trainer: Trainer) -> None:
 def launched(trainer: Trainer) -> bool:
     """Whether Lightning started the other processes, as neither torchrun nor Slurm did."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
-    return environment is not None and not environment.creates_processes_externally
+    return isinstance(environment, LightningEnvironment) and trainer.world_size > 1
 
 
 def end_launched(trainer: Trainer) -> None:

@@ -107,9 +107,10 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Validate the last step if a stop cut that short: Lightning has found nothing to do."""
-        saving = checkpoints_of(self.trainer)
-        if any(each.unvalidated == self.trainer.global_step for each in saving):
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        for saving in checkpoints_of(self.trainer):
+            if saving.made_up_for(self.trainer):
+                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+                saving.forget_preempted(self.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to TensorBoard in the run folder unless told otherwise."""

@@ -169,10 +169,14 @@ class FSDP2Strategy(ModelParallelStrategy):
             hashes = self._hash_share(temporary)
             if self.global_rank == 0:
                 manifest.seal(temporary, hashes)
-                if target.exists():  # the same step again, after a resume from before it
-                    shutil.rmtree(target)
+                old = manifest.beside(target)
+                if again := target.exists():  # the same step, after a resume from before it
+                    target.rename(old)
                 manifest.publish(temporary, target)
-                manifest.write_text(target.parent / "latest", target.name + "\n")
+                if again:
+                    shutil.rmtree(old)
+        if self.global_rank == 0:
+            manifest.write_text(target.parent / "latest", target.name + "\n")
         self.barrier()
 
     def _hash_share(self, folder: Path) -> dict[str, str]:

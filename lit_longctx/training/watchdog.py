@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 import threading
 import time
 from typing import Any
@@ -35,14 +36,20 @@ class Watchdog(Callback):
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Begin to look."""
-        if trainer.world_size > 1 and dist.is_initialized() and not self.store:
+        if (
+            trainer.world_size > 1
+            and dist.is_initialized()
+            and (not self.store or self.ended.is_set())
+        ):
+            self.ended = threading.Event()
             self.store = _get_default_store().clone()
-            threading.Thread(target=self._watch, args=(self.store.clone(),), daemon=True).start()
+            arguments = self.store.clone(), self.ended
+            threading.Thread(target=self._watch, args=arguments, daemon=True).start()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Look no more, in any process, before the first of them ends well."""
-        self.ended.set()
+        """Look no more, in any process, once all of them have come here."""
         trainer.strategy.barrier()
+        self.ended.set()
 
     def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Do the same."""
@@ -73,14 +80,20 @@ class Watchdog(Callback):
         if not self.another_failed:
             time.sleep(2 * EVERY)  # the store may end with this process
 
-    def _watch(self, store: Any) -> None:
-        while not self.ended.wait(EVERY):
+    def _watch(self, store: Any, ended: threading.Event) -> None:
+        while not ended.wait(EVERY):
+            why = ""
             try:
-                self.another_failed = store.check([FAULTS])
-                failed = self.another_failed
+                self.another_failed = failed = store.check([FAULTS])
             except RuntimeError:
-                failed = True
-            if failed and not self.ended.wait(GRACE):
+                failed, why = (
+                    True,
+                    "the first process has ended without a word; go on with --ckpt_path last",
+                )
+            if failed and not ended.wait(GRACE):
+                if why:
+                    say = f"lit_longctx: error: {why}; go on with --ckpt_path last"
+                    print(say, file=sys.stderr, flush=True)
                 os._exit(1)
 
 
@@ -92,6 +105,8 @@ def explain(error: BaseException) -> BaseException:
     if not isinstance(error, RuntimeError) or not (
         isinstance(error, dist.DistError) or "gloo" in text.lower()
     ):
+        return error
+    if "address already in use" in text.lower():  # of the port by which processes find each other
         return error
     if "timed out" in text.lower() or "timeout" in text.lower():
         what = "another process has not answered within trainer.strategy.timeout_minutes"
