@@ -82,18 +82,15 @@ class Watchdog(Callback):
 
     def _watch(self, store: Any, ended: threading.Event) -> None:
         while not ended.wait(EVERY):
-            why = ""
+            lost = False
             try:
-                self.another_failed = failed = store.check([FAULTS])
+                self.another_failed = store.check([FAULTS])
             except RuntimeError:
-                failed, why = (
-                    True,
-                    "the first process has ended without a word; go on with --ckpt_path last",
-                )
-            if failed and not ended.wait(GRACE):
-                if why:
-                    say = f"lit_longctx: error: {why}; go on with --ckpt_path last"
-                    print(say, file=sys.stderr, flush=True)
+                lost = True
+            if (lost or self.another_failed) and not ended.wait(GRACE):
+                if lost:
+                    line = "lit_longctx: error: the first process has ended without a word"
+                    print(f"{line}; go on with --ckpt_path last", file=sys.stderr, flush=True)
                 os._exit(1)
 
 
