@@ -183,11 +183,11 @@ def test_a_blow_up_on_one_process_stops_both_before_the_update(tmp_path: Path):
     poison = {"class_path": "training.runs.Poison", "init_args": {"rank": 1, "step": 2}}
     ran = runs.fit(tmp_path, "--trainer.callbacks+", json.dumps(poison), ranks=2)
     assert ran.code == 1
-    errors = ran.err.splitlines()
-    assert len(errors) == 2
-    for rank, error in enumerate(errors):
-        assert error.startswith("lit_longctx: error: step 2: loss nan")
-        assert f"samples {16 + 4 * rank} to {19 + 4 * rank} on rank {rank}" in error
+    (error,) = ran.err.splitlines()  # both raise; the first to do so is shown
+    assert error.startswith("lit_longctx: error: step 2: loss nan")
+    rank = int("on rank 1" in error)
+    assert f"samples {16 + 4 * rank} to {19 + 4 * rank} on rank {rank}" in error
+    for rank in (0, 1):
         assert f"rank {rank} step 2 weights same True" in ran.out
     assert not (tmp_path / "checkpoints").exists()
 
