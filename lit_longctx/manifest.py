@@ -97,18 +97,12 @@ def whole_file(target: Path) -> AbstractContextManager[Path]:
 def _whole(target: Path, kind: str, make: Callable[[Path], None]) -> Iterator[Path]:
     if target.exists():
         raise ValueError(f"{target} exists already; choose another {kind} or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
     for lines in remove_dead(target):
         for line in lines:
             say(line)
-    temporary = beside(target)
-    make(temporary)
-    try:
-        with held(temporary):
-            yield temporary
-            publish(temporary, target)
-    finally:
-        remove(temporary)
+    with _temporary(target, make) as temporary:
+        yield temporary
+        publish(temporary, target)
 
 
 @contextmanager
@@ -118,17 +112,24 @@ def sealed_copy(target: Path) -> Iterator[Path]:
     A `target` of the same content stays as it is, so that those who read it find it at any time.
     """
     remove_dead(target)
+    with _temporary(target, Path.mkdir) as temporary:
+        yield temporary
+        seal(temporary, hash_files(temporary))
+        new, old = (temporary / NAME).read_bytes(), target / NAME
+        if not (old.is_file() and old.read_bytes() == new and fault(target) is None):
+            remove(target)
+            publish(temporary, target)
+
+
+@contextmanager
+def _temporary(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """Make a temporary beside `target`, locked while the block runs and gone after it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(target)
-    temporary.mkdir()
+    make(temporary)
     try:
         with held(temporary):
             yield temporary
-            seal(temporary, hash_files(temporary))
-            new, old = (temporary / NAME).read_bytes(), target / NAME
-            if not (old.is_file() and old.read_bytes() == new and fault(target) is None):
-                remove(target)
-                publish(temporary, target)
     finally:
         remove(temporary)
 
@@ -192,10 +193,10 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
     return manifest
 
 
-def fault(folder: Path) -> str | None:
-    """Return what is wrong with a folder's files, None if nothing is."""
+def fault(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """Return what is wrong with a folder's files (every `parts`-th of them), None if nothing is."""
     try:
-        verify(folder)
+        verify(folder, part, parts)
     except ValueError as error:
         return str(error)
     return None
@@ -231,17 +232,12 @@ def check_listed(folder: Path, names: Collection[str]) -> None:
         if not is_sealed(place):
             continue
         files = read(place)["files"]
-        for name in names:
-            if (listed := f"{below}{name}") in files:
-                _check_kept(place, listed, files[listed])
-
-
-def _check_kept(folder: Path, name: str, expected: dict[str, Any], hashed: bool = True) -> None:
-    """Like `check_file`, of folders that users may edit: says what to do if they did."""
-    try:
-        check_file(folder, name, expected, hashed)
-    except ValueError as error:
-        raise ValueError(f"{error}; {kept_otherwise(folder)}") from None
+        for listed in (f"{below}{name}" for name in names):
+            try:
+                if listed in files:
+                    check_file(place, listed, files[listed])
+            except ValueError as error:
+                raise ValueError(f"{error}; {kept_otherwise(place)}") from None
 
 
 def kept_otherwise(folder: Path) -> str:

@@ -49,7 +49,7 @@ def _opened(file: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, OSError, EOFError, UnpicklingError, ValueError, KeyError) as error:
-        line = " ".join(str(error).split())[:200]
+        line = error_text(error)[:200]
         raise ValueError(f"{file} is torn, or holds more than tensors: {line}") from None
     if not isinstance(found, dict) or not all(isinstance(w, Tensor) for w in found.values()):
         raise ValueError(f"{file} holds no tensors by name; expected Meta's weights")

@@ -9,6 +9,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from lit_longctx.json_file import error_text
 from lit_longctx.manifest import check_inside
 
 LOOP = "meta.pt"
@@ -76,7 +77,7 @@ def check_pickles(folder: Path) -> None:
         OSError,
         RuntimeError,  # of torch, for a torn archive
     ) as error:
-        line = " ".join(str(error).split())[:200]
+        line = error_text(error)[:200]
         raise ValueError(f"{file} is torn, or holds more than values: {line}") from None
 
 

@@ -33,15 +33,10 @@ def fault_in(folder: Path) -> str | None:
     """Hash a folder's files, each process its share; return the first fault, the same on all."""
     among = dist.is_available() and dist.is_initialized()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if among else (0, 1)
-    try:
-        manifest.verify(folder, rank, ranks)
-        faults = [None]
-    except ValueError as error:
-        faults = [str(error)]
+    faults: list[Any] = [manifest.fault(folder, rank, ranks)]
     if ranks > 1:
-        gathered: list[Any] = [None] * ranks
-        dist.all_gather_object(gathered, faults[0])
-        faults = gathered
+        mine, faults = faults[0], [None] * ranks
+        dist.all_gather_object(faults, mine)
     return next((fault for fault in faults if fault), None)
 
 

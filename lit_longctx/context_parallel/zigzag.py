@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.utils.checkpoint import checkpoint
 
 from lit_longctx.batch import Batch, Documents, pad_rows
 from lit_longctx.context_parallel.balance import chunks_of, imbalance
@@ -20,6 +19,7 @@ from lit_longctx.context_parallel.collectives import Gather
 from lit_longctx.model.backend import AttentionBackend, Heads, KVHeads, Values
 from lit_longctx.model.keys import Kernel, KeySource, LayerSource, SeenKeys, SeenValues, View
 from lit_longctx.model.layers import LayerKind
+from lit_longctx.model.recompute import recomputed
 
 
 @final
@@ -187,9 +187,8 @@ class GatheredLayer(LayerSource):
         def of_group(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return kernel(q, self._seen(k, mask), self._seen(v, mask), mask.mask)
 
-        if len(parts[0]) > 1 and torch.is_grad_enabled():
-            again = {"use_reentrant": False, "preserve_rng_state": False}
-            of_group = partial(checkpoint, of_group, **again)
+        if len(parts[0]) > 1:
+            of_group = partial(recomputed, of_group)
         found = [of_group(*group) for group in zip(*parts, strict=True)]
         return torch.cat(found, dim=2).view(*q.shape[:3], v.shape[-1])
 

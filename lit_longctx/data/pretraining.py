@@ -240,11 +240,13 @@ def read_batch(readers: Mapping[int, WindowReader], rows: Rows, bos: int) -> Bat
         sources=torch.tensor([source for source, *_ in rows]),
         samples=torch.tensor([sample for *_, sample in rows]),
     )
+    masked = False
     for labels, (source, window, _) in zip(batch.labels, rows, strict=True):
         reader = readers[source] if window >= 0 else None
         if isinstance(reader, MDSWindows) and (targets := reader.targets(window)) is not None:
             labels[~torch.from_numpy(targets[1:])] = NO_TARGET
-    return batch._replace(loss_weights=(batch.labels != NO_TARGET).float())
+            masked = True
+    return batch._replace(loss_weights=(batch.labels != NO_TARGET).float()) if masked else batch
 
 
 def _row(reader: WindowReader, window: int) -> tuple[np.ndarray, np.ndarray]:

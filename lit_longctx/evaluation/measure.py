@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from lit_longctx.evaluation.statistics.intervals import Interval, Sums, paired_differences
@@ -12,6 +13,12 @@ from lit_longctx.result_cache import CacheKey
 
 EvalItem = CacheKey
 """What decides one value, besides the checkpoint."""
+
+
+def spread(places: Sequence[int], number: int) -> list[int]:
+    """Return so many of the places, or all if there are fewer, evenly spread from first to last."""
+    chosen = np.linspace(0, len(places) - 1, min(number, len(places))).round()
+    return [places[int(i)] for i in chosen]
 
 
 class Section(NamedTuple):

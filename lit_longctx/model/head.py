@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lit_longctx.batch import NO_TARGET
+from lit_longctx.model.recompute import recomputed
 
 LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**27, "meta": 2**27}
 """Logits that exist at a time: 32 MiB in float32, a processor's cache, or 512 MiB on a GPU."""
@@ -37,9 +37,7 @@ def token_nats(
     rows = (labels != NO_TARGET).nonzero().flatten()
     chunks = rows.split(chunk_tokens or rows_at_once(weight))
     found = [
-        checkpoint(_nats, hidden[chunk], weight, labels[chunk], use_reentrant=False)
-        for chunk in chunks
-        if len(chunk)
+        recomputed(_nats, hidden[chunk], weight, labels[chunk]) for chunk in chunks if len(chunk)
     ]
     nats = hidden.new_zeros(len(labels), dtype=torch.float32)
     if not found:  # keeps every parameter in the graph, so that all ranks run the same collectives

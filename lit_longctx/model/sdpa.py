@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
-from torch.utils.checkpoint import checkpoint
 
 from lit_longctx.batch import Documents
 from lit_longctx.model.backend import (
@@ -23,6 +23,7 @@ from lit_longctx.model.backend import (
     kernel_order,
     widen,
 )
+from lit_longctx.model.recompute import recomputed
 
 
 class Segments:
@@ -163,7 +164,8 @@ class SDPA(AttentionBackend):
                 out = _sdpa(q, k, v, mask, scale)
         else:
             parts = (q.flatten(0, 1).split(mask.queries), mask.split(k), mask.split(v))
-            stretch = _recomputed_sdpa if mask.views and torch.is_grad_enabled() else _sdpa
+            # masks in floats and repeated heads, blocks × keys of both, are not kept for backward
+            stretch = partial(recomputed, _sdpa) if mask.views else _sdpa
             flat = [
                 stretch(q[None], k[None], v[None], m, scale)[0]
                 for q, k, v, m in zip(*parts, mask.masks, strict=True)
@@ -171,11 +173,6 @@ class SDPA(AttentionBackend):
             ]
             out = torch.cat(flat).view(q.shape)
         return out[..., :value_dim]
-
-
-def _recomputed_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Keep neither a mask in floats nor repeated heads for backward: blocks × keys of both."""
-    return checkpoint(_sdpa, q, k, v, mask, scale, use_reentrant=False, preserve_rng_state=False)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import (
 )
 
 from lit_longctx.model import MLP, Llama
+from lit_longctx.model.recompute import recomputed
 from lit_longctx.training.offload import BlockInputs
 
 Recompute = Literal["none", "elementwise", "attention_kept", "block"]
@@ -26,8 +27,6 @@ WHOLE_BLOCKS = ("attention_kept", "block")
 """Settings of `recompute` under which a block's input is all that it is computed from again."""
 Offload = Literal["none", "block_inputs"]
 """What goes to host memory between forward and backward."""
-PLAINLY: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-"""Recomputation as torch recommends it; nothing here draws random numbers."""
 
 
 def check_levers(
@@ -102,14 +101,14 @@ def apply_recompute(
                 module.__class__ = RecomputedMLP
     if recompute not in WHOLE_BLOCKS:
         return
-    options: dict[str, Any] = dict(PLAINLY)
+    options: dict[str, Any] = {}
     if recompute == "attention_kept":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
         if "respect_saved_tensors_hooks" in signature(checkpoint).parameters:  # torch ≥ 2.15
             options["respect_saved_tensors_hooks"] = True  # ours pass on what is no block input
     inputs = BlockInputs() if offload == "block_inputs" else None
     for index, block in enumerate(llama.model.layers):
-        forward = partial(_recomputed, block.forward, **options)
+        forward = partial(recomputed, block.forward, **options)
         block.forward = forward if inputs is None else partial(inputs.call, index, forward)
 
 
@@ -118,7 +117,7 @@ class RecomputedNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise; on a CPU backward normalises again."""
-        return _recomputed(super().forward, x) if x.device.type == "cpu" else super().forward(x)
+        return recomputed(super().forward, x) if x.device.type == "cpu" else super().forward(x)
 
 
 class RecomputedMLP(MLP):
@@ -126,14 +125,7 @@ class RecomputedMLP(MLP):
 
     def down(self, gate: Tensor, up: Tensor) -> Tensor:
         """Second half of the map; backward repeats what is elementwise."""
-        return _recomputed(super().down, gate, up)
-
-
-def _recomputed(function: Callable[..., Tensor], *inputs: Any, **options: Any) -> Tensor:
-    """Call a function but keep only its inputs for backward, which computes the rest again."""
-    if not torch.is_grad_enabled():
-        return function(*inputs)
-    return checkpoint(function, *inputs, **(options or PLAINLY))
+        return recomputed(super().down, gate, up)
 
 
 def _keep_attention(context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:

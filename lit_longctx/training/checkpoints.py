@@ -5,6 +5,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -107,24 +108,16 @@ class Checkpoints(Callback):
         self._agree(trainer)
         if self.stopped_by:
             self._stop(trainer, unvalidated=self.unvalidated == trainer.global_step)
+        self.finish_preempted(trainer, lambda: validate(trainer))
+
+    def finish_preempted(self, trainer: Trainer, validate: Callable[[], Any]) -> None:
+        """Make this step's validation if a stop cut it short; nothing is left of the stop then."""
         if self.unvalidated == trainer.global_step:
             self.saved = trainer.global_step  # it goes on from there
-            validate(trainer)
-        self.forget_preempted(trainer)
-
-    def forget_preempted(self, trainer: Trainer) -> None:
-        """Take note that nothing is left of what a stop cut short."""
+            validate()
         self.unvalidated = None
         if trainer.is_global_zero:
             (run_folder(trainer) / PREEMPTED).unlink(missing_ok=True)
-
-    def made_up_for(self, trainer: Trainer) -> bool:
-        """Whether the last step's validation is still to be made; Lightning would make none."""
-        if self.unvalidated != trainer.global_step:
-            self.forget_preempted(trainer)
-            return False
-        self.saved = trainer.global_step
-        return True
 
     # ---- between two steps
 

@@ -6,6 +6,7 @@ import os
 import resource
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,11 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Validate the last step if a stop cut that short: Lightning has found nothing to do."""
+        validate = partial(
+            self.trainer.validate, self.model, datamodule=self.datamodule, verbose=False
+        )
         for saving in checkpoints_of(self.trainer):
-            if saving.made_up_for(self.trainer):
-                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-                saving.forget_preempted(self.trainer)
+            saving.finish_preempted(self.trainer, validate)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to TensorBoard in the run folder unless told otherwise."""

@@ -38,12 +38,15 @@ def document(tokens, seed=0):
 
 
 @torch.no_grad()
-def by_transformers(model, ids, window, stride):
-    """Means of windows as YaRN's eval/perplexity.py takes them: labels but for the new are −100."""
+def by_transformers(model, ids, window, stride, bos=()):
+    """Means of windows as YaRN's eval/perplexity.py takes them: labels but for the new are −100.
+
+    Where the tokenizer has a BOS, it stands before every window of one token less.
+    """
     means, previous = [], 0
     for begin in range(0, len(ids), stride):
-        end = min(begin + window, len(ids))
-        inputs = torch.tensor(ids[begin:end])[None]
+        end = min(begin + window - len(bos), len(ids))
+        inputs = torch.tensor([*bos, *ids[begin:end]])[None]
         labels = inputs.clone()
         labels[:, : -(end - previous)] = -100
         means.append(float(model(inputs, labels=labels).loss))
@@ -65,29 +68,13 @@ def test_windows_are_those_of_the_papers_code(llama, theirs, tokens, window, str
     assert paper == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-5)
 
 
-@torch.no_grad()
-def with_bos_in_every_window(model, ids, window, stride, bos):
-    """Means of windows as YaRN's eval/perplexity.py takes them where the tokenizer has a BOS."""
-    means, previous = [], 0
-    for begin in range(0, len(ids), stride):
-        end = min(begin + window - 1, len(ids))
-        inputs = torch.tensor([bos, *ids[begin:end]])[None]
-        labels = inputs.clone()
-        labels[:, : -(end - previous)] = -100
-        means.append(float(model(inputs, labels=labels).loss))
-        previous = end
-        if end == len(ids):
-            break
-    return means
-
-
 @pytest.mark.parametrize(
     ("tokens", "window", "stride"), [(300, 64, 16), (300, 64, 63), (50, 64, 16), (1, 64, 16)]
 )
 def test_bos_before_every_window_as_in_the_papers_code(llama, theirs, tokens, window, stride):
     ids = document(tokens)
     found = sliding_window_nats(llama, ids, window, stride, bos=1)
-    expected = with_bos_in_every_window(theirs, ids, window, stride, 1)
+    expected = by_transformers(theirs, ids, window, stride, bos=[1])
     np.testing.assert_allclose(found.means, expected, rtol=1e-5)
     assert sum(found.targets) == tokens
 

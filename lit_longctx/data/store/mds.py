@@ -66,6 +66,7 @@ class MDSWindows:
         self.content_hash = fingerprint(index)
         self.shards: list[dict[str, Any]] = index["shards"] if split == "train" else []
         self.ends = np.cumsum([shard["samples"] for shard in self.shards], dtype=np.int64)
+        self._masked = any("mask" in shard["column_names"] for shard in self.shards)
         self._maps: Maps | None = None
         first = self._columns(0) if self.shards else {}
         self.item_tokens = len(first["input_ids"]) if self.shards else length
@@ -115,6 +116,8 @@ class MDSWindows:
 
     def targets(self, index: int) -> np.ndarray | None:
         """Return which tokens of a window may be targets by the column `mask`, if there is one."""
+        if not self._masked:  # before an item is decoded a second time
+            return None
         number, place = divmod(index, self.item_tokens // self.length)
         if (mask := self._columns(number).get("mask")) is None:
             return None

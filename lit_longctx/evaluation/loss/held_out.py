@@ -12,7 +12,7 @@ from lit_longctx import plots
 from lit_longctx.batch import pack
 from lit_longctx.data.store.windows import Windows
 from lit_longctx.evaluation.loss.metrics import LossByPosition
-from lit_longctx.evaluation.measure import Comparison, EvalItem, Measure, Section, signed
+from lit_longctx.evaluation.measure import Comparison, EvalItem, Measure, Section, signed, spread
 from lit_longctx.evaluation.statistics.intervals import Interval, Sums, paired_differences
 from lit_longctx.evaluation.statistics.scaling import Extrapolation, extrapolate
 from lit_longctx.model import Llama
@@ -167,12 +167,6 @@ class HeldOutLoss(Measure):
                 at = (number, names.index(item["source"]), int(i), int(j))
                 nats[at], targets[at] = total, count
         return Sums(nats, targets)
-
-
-def spread(places: Sequence[int], number: int) -> list[int]:
-    """Return so many of the places, or all if there are fewer, evenly spread from first to last."""
-    chosen = np.linspace(0, len(places) - 1, min(number, len(places))).round()
-    return [places[int(i)] for i in chosen]
 
 
 def gains(

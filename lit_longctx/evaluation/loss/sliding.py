@@ -15,7 +15,7 @@ from lit_longctx.evaluation.loss.perplexity import (
     perplexity,
     sliding_window_nats,
 )
-from lit_longctx.evaluation.measure import Comparison, EvalItem, Measure, Section, signed
+from lit_longctx.evaluation.measure import Comparison, EvalItem, Measure, Section, signed, spread
 from lit_longctx.evaluation.statistics.intervals import Sums
 from lit_longctx.model import Llama
 
@@ -86,14 +86,13 @@ class SlidingWindowPerplexity(Measure):
     def _places(self, name: str) -> list[int]:
         """First tokens of the chosen documents of a source."""
         lengths = self.sources[name].document_lengths().astype(np.int64)
-        long = (lengths.cumsum() - lengths)[lengths >= self.how.length]
-        if not len(long):
+        long = (lengths.cumsum() - lengths)[lengths >= self.how.length].tolist()
+        if not long:
             raise ValueError(
                 f"no held-out document of {name} has {self.how.length} tokens; the longest has "
                 f"{lengths.max(initial=0)}; set --sliding.tokens to that or less"
             )
-        chosen = np.linspace(0, len(long) - 1, min(self.how.documents, len(long))).round()
-        return long[chosen.astype(int)].tolist()
+        return spread(long, self.how.documents)
 
     def measure(self, llama: Llama, item: EvalItem) -> dict[str, Any]:
         """Return nats by window, and the bytes of the text (of its last character, too)."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from lit_longctx.data.sampling.conversations import Conversations
 from lit_longctx.data.tokens.opening import open_tokenizer
-from lit_longctx.evaluation.measure import Comparison, EvalItem, Measure, Section
+from lit_longctx.evaluation.measure import Comparison, EvalItem, Measure, Section, spread
 from lit_longctx.evaluation.retrieval.prompts import TaskExample
 from lit_longctx.evaluation.retrieval.scoring import generated_answers, teacher_forced
 from lit_longctx.evaluation.statistics.intervals import Sums
@@ -34,11 +34,11 @@ class Answers(Measure):
                 "source": name,
                 "data": source.windows.manifest.hash,
                 "window": source.window,
-                "at": int(at),
+                "at": at,
                 "generate": self.generate,
             }
             for name, source in self.sources.items()
-            for at in np.linspace(0, len(source) - 1, min(self.number, len(source))).round()
+            for at in spread(range(len(source)), self.number)
         ]
 
     def measure(self, llama: Llama, item: EvalItem) -> dict[str, float]:
