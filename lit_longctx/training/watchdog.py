@@ -16,7 +16,7 @@ from lit_longctx.stop_signals import Preempted
 FAULTS = "lit_longctx/faults"
 EVERY = 1.0
 """Seconds between two looks at the other processes."""
-GRACE = 5.0
+GRACE = 3.0
 """Seconds that a process has to end by itself once another has failed."""
 
 
