@@ -2,33 +2,29 @@
 
     python benchmarks/memory.py            # minutes on a CPU: nothing is trained, no GPU is needed
     python benchmarks/memory.py --claims   # Llama-3-8B on 8 GPUs alone
+    python benchmarks/memory.py --figure docs/memory.png
 
-Activations are counted on the meta device at two lengths (lit_longctx/training/memory_count.py) and
-grow in proportion between and beyond. See docs/memory.md for what is assumed.
+The counts are those of `lit_longctx plan` (lit_longctx/training/estimate.py). See docs/memory.md
+for what is assumed.
 """
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
-from lit_longctx.model import LlamaConfig
-from lit_longctx.training.memory_count import Levers, row_memory, sharded_memory
+from matplotlib.figure import Figure
 
-GIB = 2**30
-GPU_GIB = 80
-RESERVED_GIB = 3
-"""For the CUDA context, NCCL and gaps in torch's allocator."""
-COUNTED_AT = (2**16, 2**17)
-"""Tokens of one process at which activations are counted."""
+from lit_longctx.training.estimate import MemoryByKind, Workload, longest_window, memory_by_kind
+from lit_longctx.training.hardware import GIB, HARDWARE, SHAPES
+from lit_longctx.training.memory_count import Levers
+
 LENGTHS = [2**n for n in range(15, 21)]
 TILE = 4096
 
-LLAMA: dict[str, LlamaConfig] = {
-    "Llama-2-7B": LlamaConfig(32_000, 4096, 11_008, 32, 32),
-    "Llama-3-8B": LlamaConfig(128_256, 4096, 14_336, 32, 32, 8),
-    "Llama-3.2-1B": LlamaConfig(128_256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True),
-}
+LLAMA = {"Llama-2-7B": "llama2-7b", "Llama-3-8B": "llama3-8b", "Llama-3.2-1B": "llama3.2-1b"}
+H100 = HARDWARE["h100_80gb"]
 
 BLOCK = Levers()
 TILED = replace(BLOCK, mlp_tile_tokens=TILE)
@@ -72,75 +68,78 @@ WANTED = {
 """Tokens that Llama-3-8B on 8 GPUs is to reach."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """Bytes as a function of a row's tokens."""
-
-    fixed: float
-    per_token: float
-
-    def at(self, tokens: int) -> float:
-        """Bytes of a row."""
-        return self.fixed + self.per_token * tokens
+def workload(model: str, gpus: int, levers: Levers, tokens: int) -> Workload:
+    """A step of one row of a group, of many micro-batches."""
+    return Workload(SHAPES[LLAMA[model]], levers, tokens, 2**40, 1, gpus)
 
 
 @cache
-def activations(model: str, levers: Levers) -> tuple[Line, Line]:
-    """Bytes of activations on a GPU, and of block inputs in its host's memory."""
-    levers = replace(levers, optimizer="adamw", cpu_offload=False)
-    first, last = (n * levers.context_parallel_size for n in COUNTED_AT)
-    counted = (row_memory(LLAMA[model], tokens, levers) for tokens in (first, last))
-    slopes = ((a, (b - a) / (last - first)) for a, b in zip(*counted, strict=True))
-    device, host = (Line(a - slope * first, slope) for a, slope in slopes)
-    return device, host
+def memory(model: str, gpus: int, levers: Levers, tokens: int) -> MemoryByKind:
+    return memory_by_kind(workload(model, gpus, levers, tokens), H100.reserved)
 
 
-def lines(model: str, gpus: int, levers: Levers) -> tuple[Line, Line]:
-    """Bytes on a GPU, and in its host's memory for it."""
-    device, host = activations(model, levers)
-    states, gathered = sharded_memory(LLAMA[model], gpus, levers)
-    if levers.cpu_offload:
-        return replace(device, fixed=device.fixed + gathered), replace(host, fixed=states)
-    return replace(device, fixed=device.fixed + gathered + states), host
-
-
-def longest(line: Line) -> int:
+def longest(model: str, gpus: int, levers: Levers) -> int:
     """Tokens of the longest row that fits a GPU; 0 if not even the states do."""
-    return max(0, int(((GPU_GIB - RESERVED_GIB) * GIB - line.fixed) / line.per_token))
+    return longest_window(workload(model, gpus, levers, 1), H100)
 
 
-def shown(line: Line, tokens: int) -> str:
-    gib = line.at(tokens) / GIB
-    return f"**{gib:,.0f}**" if gib <= GPU_GIB - RESERVED_GIB else f"{gib:,.0f}"
+def shown(needed: MemoryByKind) -> str:
+    gib = needed.device / GIB
+    return f"**{gib:,.0f}**" if needed.device <= H100.bytes else f"{gib:,.0f}"
+
+
+def on_host(model: str, gpus: int, levers: Levers, tokens: int) -> float:
+    """GiB in the memory of a node of up to 8 GPUs."""
+    return memory(model, gpus, levers, tokens).host * min(gpus, 8) / GIB if tokens else 0.0
 
 
 def rows(model: str, gpus: int) -> Iterator[str]:
     for levers, name in NAMES.items():
         if levers.context_parallel_size > gpus:
             continue
-        device, host = lines(model, gpus, levers)
-        most = longest(device)
-        on_host = host.at(most) * min(gpus, 8) / GIB if most else 0
-        cells = [shown(device, tokens) for tokens in LENGTHS]
-        yield " | ".join([f"| {name}", *cells, f"{most:,}", f"{on_host:,.0f} |"])
+        most = longest(model, gpus, levers)
+        cells = [shown(memory(model, gpus, levers, tokens)) for tokens in LENGTHS]
+        host = f"{on_host(model, gpus, levers, most):,.0f} |"
+        yield " | ".join([f"| {name}", *cells, f"{most:,}", host])
 
 
 def claims() -> None:
     print("Llama-3-8B, 8 GPUs:\n\n| levers | KiB a token | longest row | aimed at | host GiB |")
     print("|---|---|---|---|---|")
     for levers in (BLOCK, *WANTED):
-        device, host = lines("Llama-3-8B", 8, levers)
-        most = longest(device)
-        per_token = device.per_token * levers.context_parallel_size / 2**10
+        most = longest("Llama-3-8B", 8, levers)
+        size = levers.context_parallel_size
+        low, high = (memory("Llama-3-8B", 8, levers, n * size).device for n in (2**17, 2**18))
         wanted = f"{WANTED[levers]:,}" if levers in WANTED else ""
-        on_host = host.at(most) * 8 / GIB
-        print(f"| {NAMES[levers]} | {per_token:.0f} | {most:,} | {wanted} | {on_host:,.0f} |")
+        host = on_host("Llama-3-8B", 8, levers, most)
+        per_token = (high - low) / 2**17 / 2**10
+        print(f"| {NAMES[levers]} | {per_token:.0f} | {most:,} | {wanted} | {host:,.0f} |")
+
+
+def figure(file: Path) -> None:
+    """Draw memory against the row's length, a line per lever: Llama-3-8B on 8 GPUs."""
+    drawn = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = drawn.subplots()
+    for levers, name in NAMES.items():
+        if levers.context_parallel_size <= 8:
+            lengths = [2**n for n in range(13, 22)]
+            gib = [memory("Llama-3-8B", 8, levers, n).device / GIB for n in lengths]
+            axes.plot(lengths, gib, marker=".", label=name.replace("`", ""))
+    axes.axhline(H100.bytes / GIB, color="black", linestyle="--", label="80 GiB")
+    axes.set(xscale="log", ylim=(0, 160), xlabel="tokens of a row", ylabel="GiB per GPU")
+    axes.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
+    axes.set_xticks([], minor=True)
+    axes.legend(fontsize=6)
+    drawn.savefig(file, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="how long a row fits")
     parser.add_argument("--claims", action="store_true", help="Llama-3-8B on 8 GPUs alone")
+    parser.add_argument("--figure", type=Path, help="draw Llama-3-8B on 8 GPUs to this file")
     arguments = parser.parse_args()
+    if arguments.figure:
+        return figure(arguments.figure)
     claims()
     if arguments.claims:
         return

@@ -19,7 +19,7 @@ VERBS = {
     "import": "a GGUF file (llama.cpp's) → Hugging Face folder, dequantized",
     "generate": "continue a prompt",
     "synthesize": "long documents → questions and answers, by a model or from nothing",
-    "plan": "memory, FLOPs and time of a config before it runs (not yet)",
+    "plan": "memory, FLOPs and time of a config before it runs",
     "doctor": "versions, devices and which attention kernels run here",
 }
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        return complain(one_line(error))
+        return complain(one_line(error), getattr(error, "exit_code", 1))
 
 
 def usage() -> str:
@@ -69,6 +69,11 @@ def run(verb: str, rest: list[str]) -> int:
         from lit_longctx.training.fit import fit
 
         return fit([verb, *rest])
+    if verb == "plan":
+        from lit_longctx.training.plan import plan
+
+        plan(rest)
+        return 0
     call(_function(verb), verb, rest)
     return 0
 
@@ -88,10 +93,8 @@ def _function(verb: str) -> Callable[..., Any]:
         from lit_longctx.generate import generate_text as function
     elif verb == "synthesize":
         from lit_longctx.data.making.synthesize import synthesize as function
-    elif verb == "doctor":
-        from lit_longctx.doctor import doctor as function
     else:
-        raise ValueError(f"{verb} is not there yet; see docs/log.md")
+        from lit_longctx.doctor import doctor as function
     return function
 
 
@@ -108,10 +111,10 @@ def call(function: Callable[..., Any], verb: str, rest: list[str]) -> None:
     function(**options)
 
 
-def complain(message: str) -> int:
-    """Print an error and return the exit code: 2 for a key of earlier configs, else 1."""
+def complain(message: str, code: int = 1) -> int:
+    """Print an error and return the exit code, which is 2 for a key of earlier configs."""
     print(f"lit_longctx: error: {message}", file=sys.stderr)
-    return 2 if NOW_CALLED in message else 1
+    return 2 if NOW_CALLED in message else code
 
 
 TRACEBACK = re.compile(r"^\s*(?:\w+\.)*\w+(?:Error|Exception): ", re.MULTILINE)

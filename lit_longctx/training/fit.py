@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -25,6 +26,7 @@ from lit_longctx.training.callbacks import KeepTokenizer, ProgressLine
 from lit_longctx.training.checkpoints import Checkpoints, checkpoints_of
 from lit_longctx.training.module import LanguageModule
 from lit_longctx.training.parallel import FSDP2Strategy  # noqa: F401 - likewise
+from lit_longctx.training.planned_run import PlanSettings, UnknownShape, check_fits, read_run
 from lit_longctx.training.probes import Probes  # noqa: F401 - likewise
 from lit_longctx.training.watchdog import Watchdog, explain
 
@@ -92,6 +94,10 @@ class CLI(LightningCLI):
         """Callbacks of every run, configurable under their own names."""
         parser.add_lightning_class_args(ProgressLine, "progress")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_argument("--plan", type=PlanSettings, default=PlanSettings())
+        parser.add_argument(
+            "--force", action="store_true", help="go on where memory is not enough by count"
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Our checkpoints hold no hyperparameters that could override the config."""
@@ -102,6 +108,8 @@ class CLI(LightningCLI):
         options = self.config[self.subcommand]
         fill_in_launcher(options.trainer)
         raise_file_limit()
+        if self.subcommand == "fit" and not options.force and rank_zero_only.rank == 0:
+            refuse_what_does_not_fit(options)
         run = Path(options.trainer.default_root_dir or "runs/default")
         options.trainer.default_root_dir = str(run)
         options.ckpt_path = find_checkpoint(run, options.ckpt_path, resume=self.subcommand == "fit")
@@ -132,6 +140,21 @@ def raise_file_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS allows less than it says
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def refuse_what_does_not_fit(options: Any) -> None:
+    """Raise DoesNotFit before anything is loaded, if a step needs more memory than there is."""
+    try:
+        run = read_run(options, PlanSettings(hardware="cpu" if on_cpu(options.trainer) else None))
+    except UnknownShape:  # what is wrong, the model says better
+        return
+    if not run.is_small:
+        check_fits(run, "--force goes on")
+
+
+def on_cpu(trainer: Any) -> bool:
+    """Whether a trainer's processes compute on the host."""
+    return trainer.accelerator == "cpu" or not torch.cuda.is_available()
 
 
 def fill_in_launcher(trainer: Any) -> None:
@@ -172,8 +195,7 @@ def find_checkpoint(run: Path, asked: str | None, resume: bool) -> str | None:
 
 def fit(arguments: list[str]) -> int:
     """Run LightningCLI with these arguments; return the exit code, 75 if a signal stopped it."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    quiet()
     watchdog = Watchdog()
     try:
         run_cli(arguments, watchdog)
@@ -192,9 +214,15 @@ def fit(arguments: list[str]) -> int:
     return 0
 
 
-def run_cli(arguments: list[str], watchdog: Watchdog) -> None:
+def quiet() -> None:
+    """Let Lightning say warnings alone."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+
+
+def run_cli(arguments: list[str], watchdog: Watchdog, command: type[CLI] = CLI) -> None:
     """Parse the arguments, build everything and run the verb."""
-    CLI(
+    command(
         LanguageModule,
         LightningDataModule,
         subclass_mode_model=True,

@@ -1,14 +1,13 @@
-"""Memory of a training step, counted on the meta device: no weights, no GPU, any length.
+"""Activations of a training step, counted without weights, without a GPU, at any length.
 
-The forward and backward pass of one row run with tensors that have no data, and the bytes of those
-alive at a time are added up, for two and for three blocks; further blocks add what the third does.
-Kernels of CUDA are stood in for by operators that keep and need what those do. What FSDP2 holds is
-added by formula.
+Forward and backward pass run with tensors that have no data, and the bytes of those alive at a time
+are added up: on the meta device, with operators that keep and need what CUDA's kernels do, or as a
+CPU would run them. What FSDP2 and the optimizer hold is not in it: see `estimate`.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, cast, final
@@ -16,7 +15,8 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lit_longctx.batch import Batch, Documents, one_document
@@ -29,13 +29,6 @@ from lit_longctx.position import RoPE
 from lit_longctx.training import offload
 from lit_longctx.training.activations import Offload, Recompute, apply_levers
 from lit_longctx.training.optimizers import OptimizerName
-
-MOMENT_BYTES: dict[OptimizerName, float] = {
-    "adamw": 8,
-    "adamw_bf16_moments": 4,
-    "adamw8bit": 2 + 8 / 256,  # a float32 scale for 256 values of each moment
-}
-"""Bytes of both moments per parameter."""
 
 
 @dataclass(frozen=True)
@@ -53,63 +46,8 @@ class Levers:
     kv_heads_at_once: int | None = None
 
 
-class StepMemory(NamedTuple):
-    """Bytes of one process at the widest point of a step."""
-
-    states: float
-    """Master weights, gradients and moments: this process's shards."""
-    gathered: float
-    """Weights that FSDP2 has gathered, and gradients that it has not yet reduced."""
-    activations: float
-    """What the model keeps and computes with."""
-    host: float
-    """In host memory: offloaded block inputs and states."""
-
-    @property
-    def device(self) -> float:
-        """All that is on the GPU."""
-        return self.states + self.gathered + self.activations
-
-
-def step_memory(config: LlamaConfig, tokens: int, shards: int, levers: Levers) -> StepMemory:
-    """Count the memory of a step on one row.
-
-    Args:
-        config: Shape of the model.
-        tokens: Of the row, all processes of a context-parallel group together.
-        shards: Processes that the states are divided among.
-        levers: What saves memory.
-    """
-    states, gathered = sharded_memory(config, shards, levers)
-    activations, offloaded = row_memory(config, tokens, levers)
-    if levers.cpu_offload:
-        return StepMemory(0.0, gathered, activations, offloaded + states)
-    return StepMemory(states, gathered, activations, offloaded)
-
-
-def row_memory(config: LlamaConfig, tokens: int, levers: Levers) -> tuple[float, float]:
-    """Return bytes of activations at the widest point, and of block inputs in host memory."""
-    two, three = (count_row(config, tokens, levers, layers) for layers in (2, 3))
-    more = config.num_hidden_layers - 2
-    return two.most + more * (three.kept - two.kept), two.host + more * (three.host - two.host)
-
-
-def sharded_memory(config: LlamaConfig, shards: int, levers: Levers) -> tuple[float, float]:
-    """Return bytes of a process's states, and of what FSDP2 has gathered while a block runs.
-
-    Gathered in bfloat16: the root group, a block, the next block and the buffer that it comes in;
-    besides, a block's gradients, and those in float32 to be reduced. With `cpu_offload` also two
-    float32 shards of a block, on their way between host and device.
-    """
-    block, root = _parameters(config)
-    parameters = config.num_hidden_layers * block + root
-    states = parameters * (4 + 4 + MOMENT_BYTES[levers.optimizer]) / shards
-    gathered = 2 * (root + 3 * block) + (2 + 4) * block
-    return states, gathered + (8 * block / shards if levers.cpu_offload else 0)
-
-
-def _parameters(config: LlamaConfig) -> tuple[int, int]:
-    """Return how many one block has, and how many embedding, head and final norm have."""
+def parameter_counts(config: LlamaConfig) -> tuple[int, int]:
+    """Return how many parameters a block has, and how many embedding, head and final norm."""
     with torch.device("meta"):
         llama = Llama(replace(config, num_hidden_layers=1), RoPE())
     block = sum(weight.numel() for weight in llama.model.layers[0].parameters())
@@ -117,21 +55,48 @@ def _parameters(config: LlamaConfig) -> tuple[int, int]:
 
 
 class RowMemory(NamedTuple):
-    """Bytes of activations of one process for a model of few blocks, without weights."""
+    """Bytes of activations of one process for a model of few blocks, without weights.
+
+    The gradients of one block at a time are among them, and those of embedding and head.
+    """
 
     kept: int
     """Alive between forward and backward."""
-    most: int
-    """Alive at the widest point."""
+    forward: int
+    """Alive at the widest point of forward, mostly that of the head."""
+    backward: int
+    """Alive at the widest point of backward."""
     host: int
     """Block inputs that were offloaded."""
 
 
-def count_row(config: LlamaConfig, tokens: int, levers: Levers, layers: int) -> RowMemory:
-    """Run forward and backward of one row on the meta device, as on CUDA in bfloat16."""
-    with torch.device("meta"):
-        llama = Llama(replace(config, num_hidden_layers=layers), RoPE()).bfloat16()
-    _stand_in(llama)
+def count_row(
+    config: LlamaConfig,
+    tokens: int,
+    levers: Levers,
+    layers: int,
+    rows: int = 1,
+    cpu_dtype: torch.dtype | None = None,
+) -> RowMemory:
+    """Run forward and backward of rows without data, as on CUDA in bfloat16 or as on a CPU.
+
+    Args:
+        config: Shape of the model; its number of blocks does not count.
+        tokens: Of each row, which is one document.
+        levers: What saves memory.
+        layers: Blocks to run.
+        rows: Rows that are computed together.
+        cpu_dtype: Dtype of products on a CPU; None: CUDA.
+    """
+    fake: Any = nullcontext()
+    device, without_data = "meta", _meta
+    if cpu_dtype is not None:
+        fake = FakeTensorMode()
+        device, without_data = "cpu", partial(_faked, fake)
+    with fake, torch.device(device), _default_dtype(cpu_dtype or torch.bfloat16):
+        llama = Llama(replace(config, num_hidden_layers=layers), RoPE(), "sdpa")
+    if cpu_dtype is None:
+        _stand_in(llama)
     apply_levers(
         llama,
         levers.recompute,
@@ -139,20 +104,45 @@ def count_row(config: LlamaConfig, tokens: int, levers: Levers, layers: int) -> 
         levers.mlp_tile_tokens,
         levers.head_chunk_tokens,
     )
-    for weight in llama.model.layers.parameters():  # FSDP2 reduces a block's gradients at once
-        weight.register_post_accumulate_grad_hook(_drop_gradient)
+    for block in llama.model.layers:
+        _reduce_gradients(list(block.parameters()))
     copies = _Counted()
     counted = LiveBytes(llama.parameters())
     stand_in = patch.object(offload, "Copies", copies.same)
-    with _divided(tokens, levers) as (batch, source), stand_in, counted:
-        loss, _ = llama.loss(batch, source)
-        kept = counted.live
+    with ExitStack() as stack:
+        batch, source = stack.enter_context(_divided(tokens, levers, rows, without_data))
+        for each in (stand_in, fake, counted):
+            stack.enter_context(each)
+        loss, _ = llama.loss(without_data(batch), source)
+        kept, forward = counted.live, counted.most
+        counted.most = kept
         loss.backward()
-    return RowMemory(kept, counted.most, copies.bytes)
+    return RowMemory(kept, forward, counted.most, copies.bytes)
 
 
-def _drop_gradient(weight: Tensor) -> None:
-    weight.grad = None
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _reduce_gradients(weights: list[nn.Parameter]) -> None:
+    """Let go of a block's gradients when all of them are there, as FSDP2 does."""
+    left = len(weights)
+
+    def reduced(_: Tensor) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            for weight in weights:
+                weight.grad = None
+
+    for weight in weights:
+        weight.register_post_accumulate_grad_hook(reduced)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -172,10 +162,10 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call an operator and note what it returns; every token has a target."""
         if func is torch.ops.aten.nonzero.default:  # of unknown size on the meta device
-            return torch.arange(len(args[0]), device="meta").unsqueeze(1)
+            return torch.arange(len(args[0]), device=args[0].device).unsqueeze(1)
         found = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):
-            if isinstance(tensor, Tensor) and tensor.is_meta:
+            if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage())
         return found
 
@@ -215,17 +205,20 @@ class _Counted(offload.Copies):
 
 
 @contextmanager
-def _divided(tokens: int, levers: Levers) -> Iterator[tuple[Batch, KeySource]]:
-    """Give a row that is one document, on the meta device, and where its keys come from."""
+def _divided(
+    tokens: int, levers: Levers, rows: int, without_data: Callable[[Any], Any]
+) -> Iterator[tuple[Batch, KeySource]]:
+    """Give rows that are one document each, and where their keys come from."""
     size = levers.context_parallel_size
     if size == 1:
-        yield _meta(_row(tokens)), OWN
+        batch = _rows(tokens, rows)
+        yield batch, _NoData(OWN, batch, without_data)
         return
     kinds: dict[str, Any] = {"zigzag": Zigzag, "ulysses": Ulysses}
     context = object.__new__(kinds[levers.context_parallel])  # no process group is asked
     context.group, context.rank, context.size = None, 0, size
     context.kv_heads_at_once = levers.kv_heads_at_once
-    share = context.share(_row(tokens))
+    share = context.share(_rows(tokens, rows))
 
     def gather(x: Tensor, _: Any) -> Tensor:
         return x.contiguous().new_empty(size, *x.shape)
@@ -234,32 +227,42 @@ def _divided(tokens: int, levers: Levers) -> Iterator[tuple[Batch, KeySource]]:
         return torch.empty_like(parts.contiguous(), memory_format=torch.contiguous_format)
 
     with patch.multiple(collectives, gather=gather, exchange=exchange):
-        yield _meta(share.batch), _MetaSource(share.source)
+        yield share.batch, _NoData(share.source, share.batch, without_data)
 
 
-def _row(tokens: int) -> Batch:
-    ids = torch.zeros(1, tokens, dtype=torch.long)
-    one = torch.zeros(1, dtype=torch.long)
-    documents = one_document(1, tokens)
-    return Batch(ids, ids, torch.ones(1, tokens), ids, one, one, documents)
+def _rows(tokens: int, rows: int) -> Batch:
+    ids = torch.zeros(rows, tokens, dtype=torch.long)
+    zeros = torch.zeros(rows, dtype=torch.long)
+    documents = one_document(rows, tokens)
+    return Batch(ids, ids, torch.ones(rows, tokens), ids, zeros, zeros, documents)
 
 
 def _meta(tree: Any) -> Any:
     return tree_map_only(Tensor, lambda x: x.to("meta"), tree)
 
 
-@final
-class _MetaSource(KeySource):
-    """A source that laid out a row on the CPU, its codes and masks moved to the meta device."""
+def _faked(mode: FakeTensorMode, tree: Any) -> Any:
+    with _disable_current_modes():
+        fakes = tree_map_only(Tensor, mode.from_tensor, tree)
+    return tree_map_only(Tensor, Tensor.clone, fakes)
 
-    def __init__(self, source: KeySource) -> None:
+
+@final
+class _NoData(KeySource):
+    """A source that lays out rows on the CPU; its codes and masks then lose their data."""
+
+    def __init__(self, source: KeySource, batch: Batch, without_data: Callable[[Any], Any]) -> None:
         self.source = source
+        self.batch = batch
+        self.without_data = without_data
         self.layer = source.layer  # pyright: ignore[reportAttributeAccessIssue]
         self.advance = source.advance  # pyright: ignore[reportAttributeAccessIssue]
 
-    def views(self, *arguments: Any) -> list[View]:
-        """Move what the source says."""
-        return _meta(self.source.views(*arguments))
+    def views(self, _: Batch, *arguments: Any) -> list[View]:
+        """Return what the source says of the rows, without data."""
+        with _disable_current_modes():
+            views = self.source.views(self.batch, *arguments)
+        return self.without_data(views)
 
     def layer(self, index: int) -> Any:
         """Replaced by the source's."""

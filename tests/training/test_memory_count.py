@@ -10,9 +10,6 @@ from lit_longctx.training.memory_count import (
     Levers,
     LiveBytes,
     count_row,
-    row_memory,
-    sharded_memory,
-    step_memory,
 )
 
 LLAMA = LlamaConfig(128_256, 4096, 14_336, 32, 32, 8)
@@ -23,7 +20,7 @@ TOKENS, TILE = 2**12, 2**8
 
 def per_token(levers: Levers, processes: int = 1) -> float:
     """KiB at the widest point of two blocks for every token of a process, of Llama-3-8B."""
-    few, more = (count_row(SMALL, n * processes, levers, 2).most for n in (TOKENS, 2 * TOKENS))
+    few, more = (count_row(SMALL, n * processes, levers, 2).backward for n in (TOKENS, 2 * TOKENS))
     return 16 * (more - few) / TOKENS / 2**10
 
 
@@ -75,19 +72,10 @@ def test_the_widest_point_is_the_mlp_and_with_tiles_attention():
 def test_blocks_beyond_the_third_add_what_the_third_does():
     shape = replace(SMALL, num_hidden_layers=6)
     for levers in (Levers(), Levers("attention_kept", "block_inputs", TILE)):
-        direct = count_row(shape, TOKENS, levers, 6)
-        assert row_memory(shape, TOKENS, levers) == (direct.most, direct.host)
-
-
-def test_states_are_16_bytes_a_parameter_divided_among_processes():
-    parameters = 8_030_261_248  # of Llama-3-8B
-    assert sharded_memory(LLAMA, 8, Levers())[0] == parameters * 16 / 8
-    assert sharded_memory(LLAMA, 1, Levers(optimizer="adamw_bf16_moments"))[0] == parameters * 12
-    offloaded = step_memory(SMALL, TOKENS, 1, Levers(offload="block_inputs", cpu_offload=True))
-    assert offloaded.states == 0
-    small = sharded_memory(SMALL, 1, Levers())[0]
-    assert offloaded.host == small + 32 * TOKENS * SMALL.hidden_size * 2
-    assert offloaded.device == offloaded.gathered + offloaded.activations
+        two, three, six = (count_row(shape, TOKENS, levers, layers) for layers in (2, 3, 6))
+        for name in ("kept", "backward", "host"):
+            each = [getattr(count, name) for count in (two, three, six)]
+            assert each[2] - each[1] == 3 * (each[1] - each[0])
 
 
 @pytest.mark.slow
