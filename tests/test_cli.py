@@ -103,7 +103,9 @@ def test_a_key_of_earlier_configs_is_refused_with_its_new_name():
     [
         (["fly"], ["verb 'fly' unknown", "fit, validate, test, prepare"]),
         (["synthesize"], ["required", "task"]),
-        (["plan", "--config", "x"], ["plan is not there yet"]),
+        (["plan"], ["plan needs --config"]),
+        (["plan", "--config", "x"], ["config: File does not exist", "x"]),
+        (["plan", "--config", "x", "--gpus", "many"], ["--gpus", "invalid int value", "many"]),
         (["fit"], ["required", "model"]),
         (["fit", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["prepare", "--foo", "3"], ["--foo"]),

@@ -5,6 +5,7 @@ contract: never less than is used, and within a tenth of it
 (`tests/training/test_estimate.py` measures that on a CPU).
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,8 +21,8 @@ from lit_longctx.training.flops import matrix_weights
 from lit_longctx.training.hardware import Hardware
 from lit_longctx.training.memory_count import Levers, count_row, parameter_counts
 
-COUNTED_AT = (2**16, 2**17)
-"""Tokens of a process at which longer rows are counted; what they take grows in proportion."""
+COUNTED_AT = (2**17, 2**18)
+"""Tokens of a process up to which rows are counted; longer ones lie on the line through both."""
 MOMENT_BYTES = {"adamw": 8, "adamw_bf16_moments": 4, "adamw8bit": 2 + 8 / 256}
 """Of both moments for a parameter; in 8 bits a float32 scale for 256 values of each."""
 
@@ -169,7 +170,7 @@ def activations(work: Workload) -> tuple[_Bytes, _Bytes]:
     size = levers.context_parallel_size
     tokens = work.rows * work.window // size
     key = (replace(work.config, num_hidden_layers=1), levers, work.cpu_dtype)
-    if tokens <= COUNTED_AT[0]:
+    if tokens <= COUNTED_AT[1]:
         return _counted(*key, work.window, work.rows)
     first, last = (_counted(*key, n * size, 1) for n in COUNTED_AT)
     share = (tokens - COUNTED_AT[0]) / (COUNTED_AT[1] - COUNTED_AT[0])
@@ -213,21 +214,25 @@ def fits(work: Workload, hardware: Hardware) -> bool:
 def longest_window(work: Workload, hardware: Hardware) -> int:
     """Return the tokens of the longest row that fits, one in a micro-batch; 0: not even 256 do."""
     unit = 256 * work.levers.context_parallel_size
-    work = replace(work, rows=1)
+    room = hardware.bytes - hardware.reserved
 
-    def holds(number: int) -> bool:
+    def needed(number: int) -> float:
         window = number * unit
-        step = replace(work, window=window, batch_tokens=max(window, work.batch_tokens))
-        return fits(step, hardware)
+        batch = max(window, work.batch_tokens)
+        step = replace(work, window=window, batch_tokens=batch, rows=1)
+        return memory_by_kind(step).device
 
-    most = 1
-    while holds(2 * most):
-        most *= 2
-    low, high = most if most > 1 or holds(1) else 0, 2 * most
-    while high - low > max(1, low // 64):
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low * unit
+    low, high = 0, 64
+    while needed(high) <= room:
+        low, high = high, 2 * high
+    if not low:
+        return bisect_right(range(high), room, lo=1, key=needed) * unit - unit
+    while True:  # what is needed is convex in the window: a chord never promises too much
+        at_low, at_high = needed(low), needed(high)
+        further = int((room - at_low) / (at_high - at_low) * (high - low))
+        if further <= low // 100:
+            return (low + further) * unit
+        low += further
 
 
 def fewest_devices(work: Workload, hardware: Hardware) -> int | None:

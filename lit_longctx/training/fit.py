@@ -220,9 +220,9 @@ def quiet() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 
 
-def run_cli(arguments: list[str], watchdog: Watchdog, command: type[CLI] = CLI) -> None:
+def run_cli(arguments: list[str], watchdog: Watchdog, command: type[CLI] | None = None) -> None:
     """Parse the arguments, build everything and run the verb."""
-    command(
+    (command or CLI)(
         LanguageModule,
         LightningDataModule,
         subclass_mode_model=True,

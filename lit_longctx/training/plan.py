@@ -40,8 +40,9 @@ def plan(arguments: Sequence[str]) -> None:
         "lit_longctx plan",
         description="Memory, FLOPs and time of a config of fit; all options of fit change it.",
         allow_abbrev=False,
+        exit_on_error=False,
     )
-    parser.add_argument("--config", required=True, help="config of lit_longctx fit")
+    parser.add_argument("--config", help="config of lit_longctx fit")
     parser.add_argument("--shape", help=" | ".join(SHAPES))
     parser.add_argument("--hardware", help=" | ".join((*HARDWARE, "cpu")))
     parser.add_argument("--gpus", type=int, help="devices in all")
@@ -50,6 +51,8 @@ def plan(arguments: Sequence[str]) -> None:
         "--solve", choices=("window", "gpus"), help="longest window, or fewest GPUs, that fit"
     )
     own, rest = parser.parse_known_args(arguments)
+    if own.config is None:
+        raise ValueError("plan needs --config, a config of lit_longctx fit such as abf_32k.yaml")
     quiet()
     run_cli(["fit", "--config", own.config, *rest], Watchdog(), Parsed)
     options = Parsed.parsed
