@@ -231,13 +231,13 @@ def shows(found: Interval) -> str:
 # ---- all
 
 
-def units(seeds: int) -> Iterator[Callable[[], None]]:
+def units(parts: str, seeds: int) -> Iterator[Callable[[], None]]:
     """Yield what is run, the cheapest part of the budget that decides most first."""
     for seed in range(seeds):
         for part, arms in (("b", list(TRAINED)), ("c", [f"input loss {x}" for x in INPUT_LOSS])):
-            for arm in arms:
+            for arm in arms if part in parts else []:
                 yield partial(train, part, arm, seed)
-    for position in (None, *UNTRAINED):
+    for position in (None, *UNTRAINED) if "a" in parts else []:
         yield partial(untrained, position)
 
 
@@ -260,12 +260,13 @@ def report(seeds: int, minutes: float) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budget", choices=["cpu"], default="cpu", help="size of the study")
+    parser.add_argument("--parts", default="abc", help="which are run; all stand in the report")
     parser.add_argument("--seeds", type=int, default=3, choices=range(2, 9), metavar="N")
     parser.add_argument("--minutes", type=float, default=150, help="none is begun after them")
     parser.add_argument("--output", type=Path, default=FOLDER / "study.md")
     options = parser.parse_args()
     begin = time.monotonic()
-    for unit in units(options.seeds):
+    for unit in units(options.parts, options.seeds):
         if time.monotonic() - begin > 60 * options.minutes:
             break
         unit()

@@ -177,7 +177,7 @@ def test_the_cache_holds_place_features_for_one_head_only():
 
 
 def test_a_cache_without_a_plan_grows():
-    llama, ids = model(), prompts(seq=40)
+    llama, ids = model().double(), prompts(seq=40)
     cache = Cache(2)
     with torch.no_grad():
         parts = [

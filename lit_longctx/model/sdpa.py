@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from enum import Enum
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -68,6 +69,15 @@ class Segments:
         return (x if self.gather is None else x.index_select(0, self.gather)).split(self.keys)
 
 
+class Unmasked(Enum):
+    """Rows of one document whose queries are its last tokens, to be attended to without a mask."""
+
+    LAST = 1
+    """One query a row, which sees all keys."""
+    NEW = 2
+    """Queries see all keys before them, and one another causally; on a CPU, without gradient."""
+
+
 class SDPA(AttentionBackend):
     """torch's scaled_dot_product_attention, called per document: costs Σ len², never (Σ len)².
 
@@ -81,8 +91,8 @@ class SDPA(AttentionBackend):
 
     def prepare(
         self, queries: Documents, keys: Documents, window: int | None = None
-    ) -> Tensor | Segments | None:
-        """Return None (plain causal rows), Segments (packed rows) or one mask for all rows."""
+    ) -> Tensor | Segments | Unmasked | None:
+        """Return None (plain causal rows), Segments (packed rows) or what all rows share."""
         batch, num_queries = queries.ids.shape
         num_keys = keys.ids.shape[1]
         device = queries.ids.device
@@ -92,6 +102,10 @@ class SDPA(AttentionBackend):
         if whole and window is None:
             if num_queries == num_keys:
                 return None
+            if num_queries == 1:
+                return Unmasked.LAST
+            if device.type == "cpu" and not torch.is_grad_enabled():
+                return Unmasked.NEW
             if num_queries <= self.together:
                 return aligned(num_queries, num_keys, device)
         segments = Segments()
@@ -159,7 +173,9 @@ class SDPA(AttentionBackend):
         """Attend row by row, or stretch by stretch when rows are packed."""
         value_dim = v.shape[-1]
         v = widen(v, q.shape[-1])
-        if not isinstance(mask, Segments):
+        if mask is Unmasked.NEW:
+            out = _past_and_new(q, k, v, scale)
+        elif not isinstance(mask, Segments):
             with _kernel_priority(q):
                 out = _sdpa(q, k, v, mask, scale)
         else:
@@ -175,11 +191,34 @@ class SDPA(AttentionBackend):
         return out[..., :value_dim]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _past_and_new(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attend to the keys before the queries and to the queries' own, and join both by their sums.
+
+    A mask of new × all keys would cost a CPU more than half of the time.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    past = k.shape[2] - q.shape[2]
+    before, before_sum = kernel(q, k[:, :, :past], v[:, :, :past], 0.0, False, scale=scale)
+    new, new_sum = kernel(q, k[:, :, past:], v[:, :, past:], 0.0, True, scale=scale)
+    share = torch.sigmoid(new_sum - before_sum).unsqueeze(-1).to(q.dtype)  # logs of both sums
+    return torch.lerp(before, new, share).transpose(1, 2)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Unmasked | None, scale: float
+) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        q,
+        k,
+        v,
+        attn_mask=mask if isinstance(mask, Tensor) else None,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=grouped,
     )
     return out.transpose(1, 2)
 
