@@ -399,7 +399,7 @@ def killed_while(server, flags, replies):
     server.hold = lambda number: number <= begun + replies or dead.wait()
     code = (
         "import sys; from lit_longctx import cli; "
-        "from lit_longctx.data.making import generators, synthesize; "
+        "from lit_longctx.data.making import synthesize; "  # it must find Endpoint by itself
         "cli.call(synthesize.synthesize, 'synthesize', sys.argv[1:])"
     )
     process = subprocess.Popen([sys.executable, "-c", code, *flags], stdout=subprocess.DEVNULL)

@@ -16,6 +16,7 @@ from lit_longctx.data.making.self_instruct import (
     QAGenerator,
     Reply,
     ResponseCache,
+    check_grounded,
     draw,
     in_order,
     question_and_answer,
@@ -72,7 +73,21 @@ def test_of_a_document_shorter_than_a_chunk_all_is_taken():
         ),
         ("<question>Who?</question><answer>cut off", "no question and answer in the reply"),
         ("Who? Ada.", "no question and answer in the reply"),
-        ("<question>a</question><question>b</question><answer>c</answer>", "no question and"),
+        ("Question: Who?\nAnswer: Ada.", ("Who?", "Ada.")),
+        ("Who wrote it?\n\nAnswer: Ada.", "no question and answer in the reply"),
+        ("Question: Who wrote it?\n", "no question and answer in the reply"),
+        (
+            "Sure! Here it is:\n\nQuestion: Who\nis it?\n\nAnswer:\nAda B.",
+            ("Who\nis it?", "Ada B."),
+        ),
+        ("**Question:** Who?\n**Answer:** *Ada*", ("Who?", "Ada")),
+        ("1. Question 1: Who?\nAnswer 1: Ada.\n2. Question 2: No?\nAnswer 2: b", ("Who?", "Ada.")),
+        ("Q: Who?\nA: Ada.\nQ: Why?\nA: So.", ("Who?", "Ada.")),
+        ("Question: Who? Answer: Ada.\n\nThis is right, since", ("Who?", "Ada.")),
+        ("QUESTION: A: B or C?\nANSWER: B: the first", ("A: B or C?", "B: the first")),
+        ("Question:\nAnswer: Ada", "empty question or answer"),
+        ("Question: Who?\nAnswer:", "empty question or answer"),
+        ("Question: \ud800\nAnswer: Ada", "lone surrogate"),
         ("<question>Who?</question><answer> </answer>", "empty question or answer"),
         ("<question></question><answer>Ada</answer>", "empty question or answer"),
         ("<question>\ud800</question><answer>Ada</answer>", "lone surrogate"),
@@ -86,12 +101,61 @@ def test_question_and_answer_are_read_or_refused(reply, found):
             question_and_answer(reply)
 
 
-def test_the_last_verdict_counts():
-    assert verdict("Right. <verdict>yes</verdict>")
-    assert not verdict("<verdict>yes</verdict>, or rather <verdict> NO </verdict>")
-    for reply in ("yes", "<verdict>maybe</verdict>", "<verdict>yes"):
+def test_of_a_reply_that_was_cut_short_the_last_answer_is_not_taken():
+    with pytest.raises(Unanswered, match=r"^answer cut short$"):
+        question_and_answer("Question: Who?\nAnswer: Ada, who was", cut=True)
+    whole = "Question: Who?\nAnswer: Ada.\n\nQuestion: Why?\nAns"
+    assert question_and_answer(whole, cut=True) == ("Who?", "Ada.")
+
+
+PASSAGE = "In 1756 William Edwards, a mason, built the bridge; floods had carried off two."
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "share", "reason"),
+    [
+        ("Who built the bridge?", "William EDWARDS.", 1.0, None),
+        ("When was it built?", "1756", 1.0, None),
+        ("When was it built?", "1757", 1.0, "answer's words are not in the excerpt"),
+        ("How many were lost?", "two", 1.0, None),
+        ("How many were lost?", "ten", 1.0, "answer's words are not in the excerpt"),
+        # of mason, named, William, Wright (a is too short) two stand there
+        ("Who built it?", "A mason named William Wright", 0.5, None),
+        ("Who built it?", "A mason named William Wright", 0.6, "answer's words are not in the"),
+        ("Who built it?", "Christopher Wren", 0.0, None),
+        ("What does the passage say?", "floods", 0.5, "question speaks of the excerpt"),
+        ("Who is named in this text?", "floods", 0.5, "question speaks of the excerpt"),
+        ("Which passages were flooded?", "floods", 0.5, None),
+    ],
+)
+def test_answers_must_come_from_the_chunk(question, answer, share, reason):
+    if reason is None:
+        check_grounded(question, answer, PASSAGE, share)
+    else:
+        with pytest.raises(Unanswered, match=f"^{reason}"):
+            check_grounded(question, answer, PASSAGE, share)
+
+
+@pytest.mark.parametrize(
+    ("reply", "good"),
+    [
+        ("Right. <verdict>yes</verdict>", True),
+        ("<verdict>yes</verdict>, or rather <verdict> NO </verdict>", False),
+        ("It says so.\n\nVerdict: yes", True),
+        ("The year is wrong.\n**Verdict:** No.", False),
+        ("Yes, the answer is right: nothing says no.", True),
+        ("No. The mason built it, yes.", False),
+        ("It says yes", None),
+        ("Verdict: maybe", None),
+        ("Notes on the text", None),
+    ],
+)
+def test_a_labelled_verdict_counts_or_the_first_word(reply, good):
+    if good is None:
         with pytest.raises(Unanswered, match="no verdict"):
             verdict(reply)
+    else:
+        assert verdict(reply) is good
 
 
 # ---- replies
@@ -107,7 +171,7 @@ def test_a_reply_is_asked_for_once(tmp_path):
     for run in range(2):
         with ResponseCache(path) as replies:
             for _ in range(2):
-                assert replies.recall({"b": 1, "a": "ü"}, ask) == ("text \ud800 ü\n", 3, 4)
+                assert replies.recall({"b": 1, "a": "ü"}, ask) == ("text \ud800 ü\n", 3, 4, False)
             assert list(replies.spent.values()) == [1 - run, 1 + run, 6, 8]
     assert len(asked) == len(path.read_bytes().splitlines()) == 1
 
@@ -143,7 +207,7 @@ def test_a_row_says_what_it_is_made_of(tmp_path):
     assert (row["critique"], row["model"], row["seed"]) == (GOOD[1], {"model": "m"}, 5)
     (first, _), (second, _) = parrot.asked
     begin, end = row["chunk"]
-    assert first.endswith(f"\nPassage:\n{row['document'][begin:end]}")
+    assert first.startswith(f"Text:\n{row['document'][begin:end]}\n\n")
     prompts = row["prompts"]
     shown = row["document"][begin:end]
     assert first == prompts["question"].format(style=prompts["style"], passage=shown)

@@ -2,11 +2,20 @@
 
 import random
 import re
+from collections import Counter
 from string import ascii_letters
 
 import pytest
 
-from lit_longctx.data.making.synthetic import COLUMNS, HEAD, KeyValues, Table, keys, text
+from lit_longctx.data.making.synthetic import (
+    COLUMNS,
+    HEAD,
+    FrequentWords,
+    KeyValues,
+    Table,
+    keys,
+    text,
+)
 
 KINDS = [
     KeyValues(questions=7),
@@ -14,6 +23,7 @@ KINDS = [
     KeyValues(questions=20, hops=4),
     Table(questions=9),
     Table(columns=10, questions=1),
+    FrequentWords(),
 ]
 ROWS = [4, 5, 33, 400]
 
@@ -30,6 +40,10 @@ def looked_up(example):
         while value in held:
             value, hops = held[value], hops + 1
         return value, hops
+    if question == "Which word is the most frequent?":
+        (value, most), *others = Counter(lines[1:]).most_common()
+        assert all(number < most for _, number in others)
+        return value, 1
     columns = lines[0].split(" | ")
     cells = [dict(zip(columns, line.split(" | "), strict=True)) for line in lines[1:]]
     assert len({row["name"] for row in cells}) == len(cells)
@@ -46,7 +60,7 @@ def looked_up(example):
 def test_the_answer_is_what_the_document_says(kind, rows):
     for seed in range(5):
         examples = kind.draw(rows, seed)
-        assert len(examples) == kind.questions
+        assert len(examples) == getattr(kind, "questions", 1)
         assert len({example["document"] for example in examples}) == 1
         assert examples[0]["document"].count("\n") == rows
         for example in examples:
@@ -75,6 +89,16 @@ def test_both_kinds_of_questions_about_tables_and_chains_in_both_directions():
     assert 10 < backward < 40
 
 
+def test_frequencies_of_words_fall_by_zipfs_law():
+    drawn = [FrequentWords().draw(400, seed)[0] for seed in range(300)]
+    ranked = [[n for _, n in Counter(d["document"].split("\n")[1:]).most_common()] for d in drawn]
+    chance = 1 / sum(rank**-2 for rank in range(1, 11))
+    for rank in (1, 2, 3):
+        share = sum(counts[rank - 1] for counts in ranked) / 400 / 300
+        assert share == pytest.approx(chance / rank**2, rel=0.05)
+    assert min(Counter(each["answer"] for each in drawn).values()) > 300 / 10 / 3
+
+
 def test_the_seed_decides():
     for kind in KINDS:
         assert kind.draw(30, 1) == kind.draw(30, 1)
@@ -101,7 +125,7 @@ def test_a_budget_is_filled_to_within_a_row(kind, budget):
         found = text(kind.within(budget, measure, seed=5))
         row = max(measure("\n" + line) for line in found.split("\n"))
         # the asked names may be a letter longer in a document of another length
-        assert budget - row - 2 * kind.questions <= measure(found) <= budget
+        assert budget - row - 2 * getattr(kind, "questions", 1) <= measure(found) <= budget
 
 
 def test_keys_are_all_words_of_two_letters_then_of_three():
@@ -122,6 +146,7 @@ def test_keys_are_all_words_of_two_letters_then_of_three():
         (lambda: Table(columns=11), f"columns from 1 to {len(COLUMNS)}; got 11; choose"),
         (lambda: Table(columns=0), "columns from 1 to 10; got 0; choose"),
         (lambda: Table(questions=-1), "expected questions of 1 or more; got -1; raise"),
+        (lambda: FrequentWords().draw(0), "expected rows of 1 or more; got 0; raise"),
         (lambda: Table().draw(0), "expected rows of 1 or more; got 0; raise"),
         (lambda: KeyValues().within(29), "expected a budget of 30 or more; got 29; raise"),
     ],

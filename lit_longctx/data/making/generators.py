@@ -124,7 +124,9 @@ class Endpoint(Generator):
             raise Unanswered("broken JSON", self._without_key(body)) from None
         except (KeyError, IndexError, TypeError):
             raise Unanswered("no choices", self._without_key(body)) from None
-        return Reply(content if isinstance(content, str) else "", *used_tokens(said.get("usage")))
+        cut = said["choices"][0].get("finish_reason") == "length"
+        text = content if isinstance(content, str) else ""
+        return Reply(text, *used_tokens(said.get("usage")), cut)
 
     def _body(self, prompt: str, seed: int) -> str:
         import openai
@@ -234,7 +236,7 @@ class Checkpoint(Generator):
             if new[-1] in ends:
                 break
         text = self.tokenizer.decode([token for token in new if token not in ends])
-        return Reply(text, len(ids), len(new))
+        return Reply(text, len(ids), len(new), not new or new[-1] not in ends)
 
     def prompt_ids(self, prompt: str) -> tuple[list[int], set[int]]:
         """Return a prompt's ids as the template wants them, and the tokens that end a reply."""

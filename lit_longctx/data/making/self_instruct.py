@@ -24,34 +24,57 @@ from lit_longctx.data.reading.documents import Document, unfit
 from lit_longctx.result_cache import CacheKey, ResultCache
 
 ASK = """\
-The passage at the end is an excerpt from a long document. Write one question that it answers, and \
-the answer. Whoever is asked has the whole document before them and does not know which excerpt \
-you saw: name what the question is about, and do not speak of "the passage". Rely on nothing but \
-the passage. {style} Reply with nothing but
+Text:
+{passage}
 
-<question>the question</question>
-<answer>the answer</answer>
-
-Passage:
-{passage}"""
-TAGS = "question", "answer"
+Write one question that this text answers, and the answer. Rely on nothing but the text. It is an \
+excerpt: whoever is asked has the whole document and does not know which excerpt you saw, so name \
+what the question is about, and do not speak of "the text". {style}"""
 STYLES = {
-    "long": "Answer in full sentences and with the details that matter.",
-    "short": "Answer as briefly as can be: with a name, a number or a few words.",
-}
-"""How to answer, by name; one or the other, equally often."""
-CRITIQUE = """\
-Below are a passage, a question about it and a proposed answer. Judge by the passage alone whether \
-the question can be understood by itself and the answer is right and complete. Give your reason in \
-a sentence or two, then your verdict as <verdict>yes</verdict> or <verdict>no</verdict>.
+    "long": """\
+Answer in full sentences and with the details that matter. Write in this form:
 
-Passage:
+Question: How did the stone bridge over the river Taff come to be built?
+Answer: William Edwards, a mason, built it in 1756, after floods had carried off two before it.""",
+    "short": """\
+Answer as briefly as can be: with a name, a number or a few words. Write in this form:
+
+Question: Who built the stone bridge over the river Taff?
+Answer: William Edwards""",
+}
+"""How to answer, by name, with an example; one or the other, equally often."""
+CRITIQUE = """\
+Text:
 {passage}
 
 Question: {question}
-Proposed answer: {answer}"""
+Proposed answer: {answer}
+
+Judge by the text alone whether the question can be understood by itself and the proposed answer \
+is right and complete. Reply with one line for your reason, and a second one that is
+
+Verdict: yes
+
+or
+
+Verdict: no"""
+EXCERPT = re.compile(
+    r"\b(?:the|this) (?:(?:given|above|provided) )?(?:passage|text|excerpt)\b", re.IGNORECASE
+)
+"""What a question may not speak of: whoever is asked does not know it."""
 SPENT = ("replies of this run", "replies of earlier runs", "prompt tokens", "new tokens")
 """What replies cost; the tokens are those of both."""
+_LABEL = r"[ \t]*\d*[ \t]*\**[:.)][ \t]*\**"
+_BEGIN = r"^[ \t>*#\d.)]*"
+_QUESTION = rf"{_BEGIN}(?:question|q){_LABEL}"
+_ANSWER = rf"(?:{_BEGIN}(?:answer|a)|[ \t]\**answer){_LABEL}"
+LABELLED = re.compile(
+    rf"{_QUESTION}(.*?){_ANSWER}\s*(.*?)(?=\n[ \t]*\n|{_QUESTION}|\Z)",
+    re.DOTALL | re.MULTILINE | re.IGNORECASE,
+)
+"""Question and answer behind their labels at the begin of a line."""
+VERDICT = re.compile(r"verdict\W*(yes|no)\b", re.IGNORECASE)
+WORD = re.compile(r"\w+")
 AHEAD = 4
 """Questions in work or done per thread, while an earlier one is waited for."""
 
@@ -68,6 +91,8 @@ class Reply(NamedTuple):
     """Tokens it read; 0 if it does not tell."""
     new_tokens: int = 0
     """Tokens it wrote."""
+    cut: bool = False
+    """Whether it ends where no more tokens were allowed."""
 
 
 class Generator(ABC):
@@ -147,7 +172,7 @@ class ResponseCache:
         with self.lock:
             if not known and reply.text.strip():  # an empty one is asked again
                 self.cache.add(of, reply)
-            self.spent.update(dict(zip(SPENT, (not known, known, *reply[1:]), strict=True)))
+            self.spent.update(dict(zip(SPENT, (not known, known, *reply[1:3]), strict=True)))
         return reply
 
 
@@ -162,23 +187,28 @@ class QAGenerator:
         generator: The model.
         replies: What it said before, and where to keep what it says.
         seed: Stands in every request and in the rows; `draw` wants the same.
+        grounded: Least share of an answer's words that must stand in its chunk.
     """
 
-    def __init__(self, generator: Generator, replies: ResponseCache, seed: int) -> None:
+    def __init__(
+        self, generator: Generator, replies: ResponseCache, seed: int, grounded: float = 0.0
+    ) -> None:
         self.generator = generator
         self.identity = generator.identity()
         self.replies = replies
         self.seed = seed
+        self.grounded = grounded
 
     def row(self, passage: Passage) -> Row | None:
         """Return a row about a passage; None if the model thinks better of its answer.
 
         Raises:
-            Unanswered: A request failed, or its reply cannot be read.
+            Unanswered: A request failed, or its reply cannot be read or is not about the chunk.
         """
         asked = ASK.format(style=STYLES[passage.style], passage=passage.text)
-        question, answer = question_and_answer(self._ask(passage, "question", asked))
-        critique = self._ask(
+        question, answer = question_and_answer(*self._ask(passage, "question", asked))
+        check_grounded(question, answer, passage.text, self.grounded)
+        critique, _ = self._ask(
             passage,
             "critique",
             CRITIQUE.format(passage=passage.text, question=question, answer=answer),
@@ -198,7 +228,8 @@ class QAGenerator:
             "prompts": {"question": ASK, "style": STYLES[passage.style], "critique": CRITIQUE},
         }
 
-    def _ask(self, passage: Passage, stage: str, prompt: str) -> str:
+    def _ask(self, passage: Passage, stage: str, prompt: str) -> tuple[str, bool]:
+        """Return the reply to a prompt, and whether it was cut short."""
         of = {
             "document": passage.document.id,
             "number": passage.number,
@@ -210,22 +241,38 @@ class QAGenerator:
             "seed": self.seed,
         }
         seed = int(_digest(json.dumps(of, sort_keys=True))[:8], 16) // 2  # servers take 31 bits
-        reply = self.replies.recall(of, lambda: self.generator.complete(prompt, seed)).text
-        if not reply.strip():
+        reply = self.replies.recall(of, lambda: self.generator.complete(prompt, seed))
+        if not reply.text.strip():
             raise Unanswered("empty reply")
-        return reply
+        return reply.text, reply.cut
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
-def question_and_answer(reply: str) -> tuple[str, str]:
-    """Read a reply to `ASK`; what was cut short has no closing tag and is not taken."""
-    found = {tag: re.findall(f"<{tag}>(.*?)</{tag}>", reply, re.DOTALL) for tag in TAGS}
-    if any(len(texts) != 1 for texts in found.values()):
+def question_and_answer(reply: str, cut: bool = False) -> tuple[str, str]:
+    """Read a reply to `ASK`: the first question with its answer, labelled or in tags.
+
+    A label may be numbered, emphasised or shortened to a letter: `**Question 1:**`, `Q: … A: …`. A
+    labelled answer ends at an empty line or a further question.
+
+    Args:
+        reply: What the model said.
+        cut: Whether it was cut short: an answer that runs to its end is not taken then.
+
+    Raises:
+        Unanswered: With one of a few reasons.
+    """
+    if "<question>" in reply:
+        found = re.search(r"<question>(.*?)</question>.*?<answer>(.*?)</answer>", reply, re.DOTALL)
+    else:
+        found = LABELLED.search(reply)
+        if found and cut and found.end() == len(reply):
+            raise Unanswered("answer cut short", reply)
+    if found is None:
         raise Unanswered("no question and answer in the reply", reply)
-    question, answer = (found[tag][0].strip() for tag in TAGS)
+    question, answer = (text.strip().strip("*").strip() for text in found.groups())
     if not question or not answer:
         raise Unanswered("empty question or answer", reply)
     if broken := unfit(question) or unfit(answer):
@@ -233,9 +280,30 @@ def question_and_answer(reply: str) -> tuple[str, str]:
     return question, answer
 
 
+def check_grounded(question: str, answer: str, passage: str, share: float) -> None:
+    """Refuse a question that speaks of the excerpt, and an answer whose words do not stand in it.
+
+    Args:
+        question: Must have words of its own.
+        answer: Its words are those of four letters and more, and numbers; if there are none, all.
+        passage: What it must come from.
+        share: Least share of the answer's words that must stand there, whatever their case.
+
+    Raises:
+        Unanswered: With one of two reasons.
+    """
+    if EXCERPT.search(question):
+        raise Unanswered("question speaks of the excerpt", question)
+    held = set(WORD.findall(passage.casefold()))
+    said = WORD.findall(answer.casefold())
+    told = [word for word in said if len(word) > 3 or word.isdigit()] or said
+    if sum(word in held for word in told) < share * len(told):
+        raise Unanswered("answer's words are not in the excerpt", answer)
+
+
 def verdict(reply: str) -> bool:
-    """Read a reply to `CRITIQUE`; of several verdicts the last counts."""
-    found = re.findall(r"<verdict>\s*(yes|no)\s*</verdict>", reply, re.IGNORECASE)
+    """Read a reply to `CRITIQUE`: the last labelled verdict, else a yes or no that begins it."""
+    found = VERDICT.findall(reply) or re.findall(r"\A\W*(yes|no)\b", reply, re.IGNORECASE)
     if not found:
         raise Unanswered("no verdict in the critique", reply)
     return found[-1].lower() == "yes"

@@ -16,6 +16,7 @@ from typing import Any, final
 from tqdm import tqdm
 
 from lit_longctx import manifest
+from lit_longctx.data.making import generators  # noqa: F401  the command line finds its classes
 from lit_longctx.data.making.report import Report, Unanswered
 from lit_longctx.data.making.self_instruct import (
     Generator,
@@ -50,7 +51,7 @@ def synthesize(task: SynthesisTask, output: str, seed: int = 0) -> dict[str, Any
 
     Args:
         task: What to make: `SelfInstruct`, questions that a model writes about long documents, or
-            `TemplatedTask`, key-value lists and tables with questions about them.
+            `TemplatedTask`, key-value lists, tables and lists of words with questions about them.
         output: File to make, .jsonl; must not exist.
         seed: Decides chunks, prompts and whatever else is random.
 
@@ -77,7 +78,7 @@ class TemplatedTask(SynthesisTask):
     """Documents whose questions are right by construction; no model is asked."""
 
     kind: Synthetic
-    """What the documents are: `KeyValues` or `Table`."""
+    """What the documents are: `KeyValues`, `Table` or `FrequentWords`."""
     documents: int = 1000
     """Documents to make."""
     tokens: int = 32_768
@@ -121,6 +122,9 @@ class SelfInstruct(SynthesisTask):
     """Characters that a question is asked about."""
     shortest: int = 32_768
     """Characters; shorter documents are passed over."""
+    grounded: float = 0.5
+    """Least share of an answer's words (numbers, and words of four letters and more) that must
+    stand in the chunk; 0 for languages that put no spaces between words."""
     tolerated: float = 0.1
     """Largest share of questions that may fail, and of documents that may be broken; above it the
     run stops, and replies are kept."""
@@ -131,12 +135,14 @@ class SelfInstruct(SynthesisTask):
                 f"expected questions and chunk of 1 or more; got {self.questions} and "
                 f"{self.chunk}; raise them"
             )
+        if not 0 <= self.grounded <= 1:
+            raise ValueError(f"expected grounded between 0 and 1; got {self.grounded}; change it")
 
     def rows(self, output: Path, seed: int, report: Report) -> Iterator[Row]:
         """Yield the rows that pass, in the order of the documents."""
         report.tolerated = self.tolerated
         with ResponseCache(output.with_name(output.name + ".asked")) as replies:
-            ask = QAGenerator(self.generator, replies, seed).row
+            ask = QAGenerator(self.generator, replies, seed, self.grounded).row
             passages = self._passages(seed, report)
             with in_order(ask, passages, self.generator.concurrency) as results:
                 for passage, result in results:

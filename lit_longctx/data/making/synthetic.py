@@ -8,6 +8,7 @@ same document. All is a function of the seed.
 import random
 from abc import ABC, abstractmethod
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
@@ -18,6 +19,10 @@ HEAD = "Keys and values:"
 """First line of key-value documents."""
 COLUMNS = ["age", "area", "cost", "depth", "height", "length", "mass", "price", "speed", "width"]
 """Names of a table's columns."""
+WORDS = ["black", "blue", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow"]
+"""What lists of words are made of."""
+ALPHA = 2.0
+"""The n-th most frequent word stands about 1/n^ALPHA times as often as the first."""
 
 
 Item = TypeVar("Item")
@@ -167,6 +172,37 @@ class Table(Synthetic):
             question, answer = seeded.choice((cell, whose))
             examples.append(Example(document=document, question=question, answer=answer))
         return examples
+
+
+@final
+@dataclass(frozen=True)
+class FrequentWords(Synthetic):
+    """A list of words, and the question which of them is the most frequent.
+
+    As in RULER's frequent words (Hsieh et al. 2024, arXiv:2404.06654), frequencies fall with the
+    rank by Zipf's law. The words are the same in all documents, their ranks differ.
+
+        Words:
+        grey
+        red             question Which word is the most frequent?  answer grey
+        grey
+    """
+
+    def draw(self, rows: int, seed: int = 0) -> list[Example]:
+        """Return the question about one document; of its words one is more frequent than others."""
+        if rows < 1:
+            raise ValueError(f"expected rows of 1 or more; got {rows}; raise them")
+        seeded = random.Random(seed)
+        ranked = seeded.sample(WORDS, len(WORDS))
+        weights = [(rank + 1) ** -ALPHA for rank in range(len(ranked))]
+        while True:
+            lines = seeded.choices(ranked, weights, k=rows)
+            first, *others = Counter(lines).most_common(2)
+            if not others or first[1] > others[0][1]:
+                break
+        question = "Which word is the most frequent?"
+        document = "\n".join(["Words:", *lines])
+        return [Example(document=document, question=question, answer=first[0])]
 
 
 def text(examples: Sequence[Example]) -> str:
