@@ -295,6 +295,24 @@ def loss_by_step(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]) ->
     return figure
 
 
+def differences(intervals: Mapping[str, tuple[float, float, float]], label: str) -> Figure:
+    """Draw differences with their intervals beside a line at 0, one below the other.
+
+    Args:
+        intervals: Mean and both ends of each, by name; ends that are nan are not drawn.
+        label: What differs, with its unit.
+    """
+    figure, axes = _axes(height=1.0 + 0.35 * len(intervals))
+    for row, (mean, low, high) in enumerate(intervals.values()):
+        axes.plot([low, high], [row, row], color="tab:blue", linewidth=2)
+        axes.plot([mean], [row], color="tab:blue", marker="o")
+    axes.axvline(0, color="grey", linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(intervals)), list(intervals))
+    axes.set_ylim(len(intervals) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    return figure
+
+
 def needles(prompts: Mapping[str, tuple[int, Sequence[tuple[int, int]], int]]) -> Figure:
     """Draw where needles stand in prompts, and where the answer follows; a bar per prompt.
 

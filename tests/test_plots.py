@@ -52,3 +52,17 @@ def test_labels_of_windows_stand_apart_in_any_order():
     (line,) = figure.axes[0].lines
     assert line.get_xdata().tolist() == sorted(windows)
     assert line.get_ydata().tolist() == [5.0, 4.0, 3.0, 2.0, 1.0]
+
+
+def test_differences_stand_below_each_other_beside_0():
+    intervals = {"a": (0.5, 0.25, 0.75), "b": (-1.0, float("nan"), float("nan"))}
+    figure = plots.differences(intervals, "nats saved")
+    (axes,) = figure.axes
+    first, mean, *_, zero = axes.lines
+    assert (first.get_xdata().tolist(), first.get_ydata().tolist()) == ([0.25, 0.75], [0, 0])
+    assert (mean.get_xdata().tolist(), mean.get_ydata().tolist()) == ([0.5], [0])
+    assert list(zero.get_xdata()) == [0, 0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    assert axes.get_xlabel() == "nats saved"
+    height = axes.transData.transform([(0, 0), (0, 1)])[:, 1]
+    assert height[0] > height[1]
