@@ -23,10 +23,13 @@ quickstart: venv
 	$(RUN) export --checkpoint runs/quickstart --output exports/quickstart
 
 sft_quickstart: venv
-	rm -rf data/sft_quickstart data/sft_*.jsonl* runs/sft_quickstart runs/sft_quickstart_input_loss
+	rm -rf data/sft_quickstart* data/sft_*.jsonl* runs/sft_quickstart runs/sft_quickstart_input_loss
 	$(RUN) synthesize --config config/sft_quickstart_synthesize.yaml
-	$(RUN) synthesize --config config/sft_quickstart_synthesize.yaml --task.kind Table --output data/sft_tables.jsonl
+	$(RUN) synthesize --config config/sft_quickstart_synthesize.yaml --seed 1 --task.tokens 250 \
+	    --task.documents 2000 --output data/sft_short.jsonl
 	$(RUN) prepare --config config/sft_quickstart_prepare.yaml
+	$(RUN) prepare --config config/sft_quickstart_prepare.yaml --input data/sft_short.jsonl \
+	    --output data/sft_quickstart_short
 	$(RUN) fit --config config/sft_quickstart.yaml
 	$(RUN) fit --config config/sft_quickstart.yaml --data.init_args.input_loss 1 \
 	    --trainer.default_root_dir runs/sft_quickstart_input_loss
@@ -75,5 +78,5 @@ docs: venv
 
 # what the targets above made; data, runs and checkpoints of yours stay
 clean:
-	rm -rf .venv checkpoints/smollm2 data/stdlib data/sft_quickstart data/sft_*.jsonl* data/real data/smollm2 \
+	rm -rf .venv checkpoints/smollm2 data/stdlib data/sft_quickstart* data/sft_*.jsonl* data/real data/smollm2 \
 	    runs/quickstart* runs/sft_quickstart* runs/real* runs/site exports/quickstart exports/real
