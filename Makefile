@@ -26,7 +26,7 @@ sft_quickstart: venv
 	rm -rf data/sft_quickstart* data/sft_*.jsonl* runs/sft_quickstart runs/sft_quickstart_input_loss
 	$(RUN) synthesize --config config/sft_quickstart_synthesize.yaml
 	$(RUN) synthesize --config config/sft_quickstart_synthesize.yaml --seed 1 --task.tokens 250 \
-	    --task.documents 2000 --output data/sft_short.jsonl
+	    --task.documents 1200 --output data/sft_short.jsonl
 	$(RUN) prepare --config config/sft_quickstart_prepare.yaml
 	$(RUN) prepare --config config/sft_quickstart_prepare.yaml --input data/sft_short.jsonl \
 	    --output data/sft_quickstart_short
