@@ -43,7 +43,7 @@ def notebooks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_study(folder: Path) -> None:
     """Write results of a study that was stopped before its last part."""
-    edges = [128, 512, 1024, 2048]
+    edges = [0, 512, 1024, 2048]
     real = "checkpoints/smollm2"
     schemes = {real: [3.0, 2.9, 4.0], f"{real} YaRN(factor=2.0)": [3.1, 3.0, 2.8]}
     untrained = {"edges": edges, "loss": schemes, "trained_context": 1024}
