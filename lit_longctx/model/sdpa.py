@@ -206,9 +206,7 @@ def _past_and_new(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.lerp(before, new, share).transpose(1, 2)
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Unmasked | None, scale: float
-) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Unmasked | None, scale: float) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(
