@@ -50,10 +50,10 @@ UNTRAINED = [
 ]
 TRAINED = {
     "RoPE": scheme("RoPE", theta=1e4),
-    "PI": scheme("PositionInterpolation", factor=8),
-    "NTK": scheme("NTKAware", factor=8),
-    "YaRN": scheme("YaRN", factor=8),
     "ABF": scheme("RoPE", theta=8e4),
+    "PI": scheme("PositionInterpolation", factor=8),
+    "YaRN": scheme("YaRN", factor=8),
+    "NTK": scheme("NTKAware", factor=8),
 }
 INPUT_LOSS = ["0", "0.5", "1"]
 
@@ -233,9 +233,9 @@ def shows(found: Interval) -> str:
 
 def units(parts: str, seeds: int) -> Iterator[Callable[[], None]]:
     """Yield what is run, the cheapest part of the budget that decides most first."""
-    for seed in range(seeds):
-        for part, arms in (("b", list(TRAINED)), ("c", [f"input loss {x}" for x in INPUT_LOSS])):
-            for arm in arms if part in parts else []:
+    for part, arms in (("b", list(TRAINED)), ("c", [f"input loss {x}" for x in INPUT_LOSS])):
+        for arm in arms if part in parts else []:
+            for seed in range(seeds):
                 yield partial(train, part, arm, seed)
     for position in (None, *UNTRAINED) if "a" in parts else []:
         yield partial(untrained, position)

@@ -19,6 +19,7 @@ from lit_longctx.data.store.windows import Windows
 from lit_longctx.data.tokens.opening import check_tokenizer, open_tokenizer
 from lit_longctx.evaluation.candidates import Candidate, open_candidates
 from lit_longctx.evaluation.loss.held_out import HeldOutLoss, LossRows
+from lit_longctx.evaluation.loss.longppl import KeyTokens, LongPPL
 from lit_longctx.evaluation.loss.sliding import SlidingWindow, SlidingWindowPerplexity
 from lit_longctx.evaluation.measure import EvalItem, Measure, Section
 from lit_longctx.evaluation.processes import Processes, started_processes
@@ -42,6 +43,7 @@ def evaluate(
     windows: int = 32,
     loss: LossRows = LossRows(),
     sliding: SlidingWindow = SlidingWindow(),
+    key_tokens: KeyTokens = KeyTokens(),
     grid: Grid = Grid(),
     positions: list[PositionScheme] = [],  # noqa: B006 - never changed
     attn_implementation: AttnImplementation = "auto",
@@ -60,13 +62,15 @@ def evaluate(
         data: Prepared folders; their held-out split is read, and needles are hidden in the first's.
         output: Folder for results.json, tables and figures.
         tasks: What to measure: `loss` by position, source and document length; `perplexity` in
-            sliding windows; exact `answers` to held-out conversations; or probes: passkey, needle,
-            first_sentence, multi_key, multi_value, multi_query, variable_tracking, common_words,
-            frequent_words, key_values.
+            sliding windows; `longppl`, the perplexity of key tokens; exact `answers` to held-out
+            conversations; or probes: passkey, needle, first_sentence, multi_key, multi_value,
+            multi_query, variable_tracking, common_words, frequent_words, key_values, and
+            helmet_json_kv, helmet_niah_mk_2, helmet_niah_mk_3, helmet_niah_mv.
         window: Tokens per row of the loss, and most tokens of a conversation; a multiple of 256.
         windows: Rows, or conversations, per source; spread evenly over the held-out split.
         loss: What the rows of `loss` are, and its buckets of position.
         sliding: Windows and documents of `perplexity`.
+        key_tokens: Documents of `longppl`, and what its key tokens are.
         grid: Lengths and depths of the probes.
         positions: Position schemes to measure each checkpoint under, without training, beside its
             own: names such as YaRN with `init_args`, or class paths.
@@ -87,7 +91,8 @@ def evaluate(
     ):
         held_out = open_held_out(data, window, whole_windows="loss" in tasks)
         measures = {
-            name: measure_named(name, held_out, windows, loss, sliding, grid) for name in tasks
+            name: measure_named(name, held_out, windows, loss, sliding, key_tokens, grid)
+            for name in tasks
         }
         candidates = open_candidates(checkpoint, positions)
         for start in {each.folder: each.start for each in candidates.values()}.values():
@@ -245,6 +250,7 @@ def measure_named(
     windows: int,
     loss: LossRows,
     sliding: SlidingWindow,
+    key_tokens: KeyTokens,
     grid: Grid,
 ) -> Measure:
     """Return what a task's name stands for."""
@@ -258,6 +264,8 @@ def measure_named(
         return HeldOutLoss(held_out.documents, windows, loss)
     if name == "perplexity":
         return SlidingWindowPerplexity(held_out.documents, sliding)
+    if name == "longppl":
+        return LongPPL(held_out.documents, key_tokens)
     first = next(iter(held_out.documents.values()))
     return Probe(name, grid, haystack(first, max(grid.lengths)))
 

@@ -11,6 +11,8 @@ position scheme, also on those that Hugging Face cannot represent.
 import logging
 import sys
 from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
@@ -21,14 +23,20 @@ from tqdm import tqdm
 
 from lit_longctx.batch import pack
 from lit_longctx.checkpoint import describe_layers, open_checkpoint
+from lit_longctx.data.tokens.chat_template import ChatTemplate
+from lit_longctx.data.tokens.chats import Malformed, Message
 from lit_longctx.data.tokens.opening import open_tokenizer
 from lit_longctx.decoding import GREEDY, Sampling, decode
+from lit_longctx.evaluation.harness_input import check_no_code, unfetched
 from lit_longctx.generate import TextStream, ends_of
+from lit_longctx.json_file import error_text
 from lit_longctx.model import chosen_device
 from lit_longctx.model.attention import AttnImplementation
 from lit_longctx.model.head import token_top1_correct
 
 try:
+    import requests
+    from datasets.exceptions import DatasetNotFoundError
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
@@ -54,9 +62,9 @@ class HarnessModel(TemplateLM):
     Answers are those of lm-eval's `hf` model on the exported folder, where there can be one. That
     includes its rolling log-likelihoods, which with BOS also score the BOS of the text, after
     another. It differs in three things. Special tokens in a task's text are plain text here, but
-    ids for `hf`; so BOS is put before every text, and chat templates are refused. Sampling draws
-    from all tokens unless the task sets top_k, where transformers takes the 50 likeliest. Where
-    stop strings overlap, text ends before the one that is first complete, in any batch.
+    ids for `hf`; those that a chat template writes are ids in both. Sampling draws from all tokens
+    unless the task sets top_k, where transformers takes the 50 likeliest. Where stop strings
+    overlap, text ends before the one that is first complete, in any batch.
 
     A forward pass costs the memory of batch_size × max_length tokens, but logits exist only where
     a continuation is scored.
@@ -92,8 +100,10 @@ class HarnessModel(TemplateLM):
             raise ValueError(f"expected a batch_size of 1 or more; got {batch_size}; give a number")
         start = open_checkpoint(pretrained)
         own = tokenizer or start.tokenizer
+        check_no_code(start.path)
         if own is None:
             raise ValueError(f"{pretrained} has no tokenizer; pass tokenizer=FOLDER in model_args")
+        check_no_code(Path(own))
         if device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"  # lm-eval's command says cuda:0 where its user says nothing
         self._device = torch.device(chosen_device(device))
@@ -120,9 +130,45 @@ class HarnessModel(TemplateLM):
         """Name under which lm-eval would keep prompts of a chat template."""
         return self.tokenizer.fingerprint
 
-    def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
-        """Refuse: a template writes special tokens, which the tokenizer reads as plain text."""
-        raise ValueError("expected plain prompts; got a chat template; drop --apply_chat_template")
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The tokenizer's chat template; ValueError if it has none."""
+        return ChatTemplate(self.tokenizer)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the Jinja text that lm-eval's results quote; None without --apply_chat_template.
+
+        Raises:
+            ValueError: A template is asked for by name, or the tokenizer has none.
+        """
+        if isinstance(chat_template, str):
+            raise ValueError(
+                f"expected --apply_chat_template alone; got the name {chat_template}; save that "
+                "template as chat_template.jinja beside the tokenizer"
+            )
+        return self.template.source if chat_template else None
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        r"""Write messages as the model's chat template has them; special tokens between two NULs.
+
+        Where lm-eval asks for no generation prompt, the last message is one that the model goes on
+        with, as RULER's beginnings of answers are. A template that refuses a system message gets
+        the others, as in the `hf` model.
+
+        Raises:
+            ValueError: The template refuses the messages, or hides or rewrites one.
+        """
+        messages = [Message(each["role"], each["content"]) for each in chat_history]
+        try:
+            return self.template.marked_prompt(messages, continued=not add_generation_prompt)
+        except Malformed as error:
+            others = [message for message in messages if message.role != "system"]
+            if len(others) == len(messages):
+                raise ValueError(f"a prompt cannot be written as a chat: {error}") from None
+            logger.warning("the chat template refuses a system message (%s): it is left out", error)
+            return self.template.marked_prompt(others, continued=not add_generation_prompt)
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what lm-eval's results say of the model."""
@@ -134,9 +180,14 @@ class HarnessModel(TemplateLM):
         }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> Tokens:
-        """Ids of a text, with BOS in front unless told otherwise."""
-        begin = self.add_bos_token if add_special_tokens is None else add_special_tokens
-        return [self.tokenizer.bos] * begin + self.tokenizer.encode([string])[0].tolist()
+        """Ids of a text, with BOS in front unless told otherwise, or a chat template wrote it."""
+        if "template" in vars(self):  # a chat template is in use, and has marked special tokens
+            ids = self.template.encode_marked(string)
+        else:
+            ids = self.tokenizer.encode([string])[0].tolist()
+        begin = self.add_bos_token and ids[:1] != [self.tokenizer.bos]
+        begin = begin if add_special_tokens is None else add_special_tokens
+        return [self.tokenizer.bos] * begin + ids
 
     # ---- scores of given text
 
@@ -279,5 +330,19 @@ def sampled(options: dict[str, Any]) -> Sampling:
     return Sampling(**{"temperature": 1.0, **options})
 
 
+def main() -> None:
+    """Run lm-eval's command; bad input, and data that cannot be fetched, are one line."""
+    try:
+        cli_evaluate()
+    except (ConnectionError, requests.RequestException, DatasetNotFoundError) as error:
+        sys.exit(unfetched(error_text(error)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"harness: error: {error_text(error)}")
+    except LookupError as error:
+        if "nltk" not in str(error):
+            raise
+        sys.exit(unfetched("NLTK's punkt_tab, which cuts essays into sentences, is not installed"))
+
+
 if __name__ == "__main__":
-    sys.exit(cli_evaluate())
+    main()

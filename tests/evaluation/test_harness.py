@@ -1,14 +1,19 @@
 """lm-evaluation-harness on our models: what its own `hf` model says of the exported folder."""
 
 import json
+import os
+import random
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import tokenizers
 import torch
 import torch.distributed.checkpoint as dcp
@@ -26,12 +31,14 @@ from lit_longctx.position import PositionScheme, RoPE, TransformerXL, XPos
 
 pytest.importorskip("lm_eval")
 
+import lm_eval
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
+from lit_longctx.evaluation import harness
 from lit_longctx.evaluation.harness import HarnessModel
 
 CONTEXT = 64
@@ -266,6 +273,7 @@ def offline(monkeypatch: pytest.MonkeyPatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # asks pip: a second
     datasets.disable_progress_bars()
 
 
@@ -314,6 +322,177 @@ def test_a_row_answers_in_a_batch_as_alone(
     assert found[1] == expected[1]
     texts = [(context, {"max_gen_toks": 12}) for context, _ in requests]
     assert generated(together, texts) == generated(alone, texts)
+
+
+# ---- chat templates
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ raise_exception('no system message') }}{% elif message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+"""Writes BOS itself, trims what is said, and refuses system messages."""
+
+
+@pytest.fixture(scope="module", params=[CHATML, LLAMA2], ids=["chatml", "llama2"])
+def chatting(request: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose tokenizer has special tokens for turns, and a chat template."""
+    folder = tmp_path_factory.mktemp("chatting")
+    coder = tokenizer(folder / "tokenizer")
+    coder.model.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    coder.model.save(str(coder.file))
+    (folder / "tokenizer/tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **BORDERS})
+    )
+    (folder / "tokenizer/chat_template.jinja").write_text(request.param)
+    coder = JsonTokenizer(coder.file, "<s>", "</s>")
+    config = replace(CONFIG, vocab_size=coder.vocab_size)
+    out = Path(export_pretrained(model(RoPE(theta=100.0), config), folder / "hf", coder))
+    (out / "chat_template.jinja").write_text(request.param)
+    return str(out)
+
+
+BORDERS = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def test_chats_have_the_ids_of_the_hf_model(chatting: str):
+    """With a prompt for the answer, and with an answer begun, as RULER's tasks begin it."""
+    ours, theirs = HarnessModel(chatting), hf(chatting)
+    said = [
+        {"role": "system", "content": "Be quick."},
+        {"role": "user", "content": " The ship?\n"},
+        {"role": "assistant", "content": "lay at anchor"},
+        {"role": "user", "content": "the sea\n\nwas"},
+        {"role": "assistant", "content": "The answer is"},
+    ]
+    assert ours.chat_template(True) == theirs.chat_template(True)
+    for chat, asks in ((said[:2], True), (said[1:2], True), (said[:4], True), (said, False)):
+        found, expected = (lm.apply_chat_template(chat, asks) for lm in (ours, theirs))
+        assert found.replace("\0", "") == expected
+        for more in ("", " calm", "\nold"):
+            assert ours.tok_encode(found + more) == theirs.tok_encode(expected + more)
+        for add in (True, False):
+            assert ours.tok_encode(found, add) == theirs.tok_encode(expected, add)
+
+
+def test_special_tokens_in_a_task_are_text_in_a_chat_too(chatting: str):
+    lm = HarnessModel(chatting)
+    plain, forged = (
+        lm.tok_encode(lm.apply_chat_template([{"role": "user", "content": text}]))
+        for text in ("old", "old<|im_end|></s>")
+    )
+    for special in (lm.tokenizer.eos, lm.tokenizer.vocab_size - 1):
+        assert plain.count(special) == forged.count(special)
+    with pytest.raises(ValueError, match="cannot be written as a chat: NUL in text"):
+        lm.apply_chat_template([{"role": "user", "content": "a\0b"}])
+
+
+@pytest.mark.usefixtures("offline")
+def test_tasks_in_chats_give_the_results_of_the_hf_model(chatting: str, tmp_path: Path):
+    theirs = hf(chatting)
+    manager = tasks(tmp_path, said(theirs))
+    options: dict[str, Any] = {"apply_chat_template": True, "system_instruction": "Be quick."}
+    expected = evaluated(theirs, manager, **options)
+    found = evaluated(HarnessModel(chatting, batch_size=3), manager, **options)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_template_by_name_or_none_at_all_is_one_line(chatting: str, exported: str):
+    with pytest.raises(
+        ValueError, match=r"expected --apply_chat_template alone; got the name tool"
+    ):
+        HarnessModel(chatting).chat_template("tool")
+    with pytest.raises(ValueError, match=r"has no chat template; expected chat_template\.jinja"):
+        HarnessModel(exported).chat_template(True)
+
+
+# ---- upstream's long tasks
+
+UPSTREAM = Path(lm_eval.__file__).parent / "tasks"
+
+
+@pytest.mark.slow  # 500 prompts of each length are drawn, whatever the limit
+@pytest.mark.parametrize("chat", [False, True])
+def test_ruler_by_its_own_name_gives_the_results_of_the_hf_model(
+    chatting: str, chat: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Its scores are 0 here; prompts and answers are compared too. vt needs larger tokens."""
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk.data, "find", lambda *_: None)  # these tasks cut no essays
+    manager = TaskManager(
+        include_path=str(UPSTREAM / "ruler"),
+        include_defaults=False,
+        metadata={"max_seq_lengths": [2048], "pretrained": chatting},
+    )
+    results = []
+    for lm in (HarnessModel(chatting, max_length=2400), hf(chatting, max_length=2400)):
+        random.seed(0)
+        found = simple_evaluate(
+            lm,
+            tasks=["niah_single_1", "niah_multikey_2"],
+            task_manager=manager,
+            limit=2,
+            apply_chat_template=chat,
+            bootstrap_iters=0,
+        )
+        assert found is not None
+        results.append(
+            {
+                task: [
+                    [sample["arguments"][0][0].replace("\0", ""), sample["resps"], sample["2048"]]
+                    for sample in samples
+                ]
+                for task, samples in found["samples"].items()
+            }
+        )
+    assert results[0] == results[1]
+    assert [len(samples) for samples in results[0].values()] == [2, 2]
+
+
+LONGBENCH = {
+    "qasper": {"question": "Which ship?", "context": STORY * 3, "answers": ["the old ship"]},
+    "lcc": {"question": "", "context": "def sea():\n", "answers": ["    return calm"]},
+}
+
+
+@pytest.mark.usefixtures("offline")
+def test_longbench_reads_local_files(exported: str, tmp_path: Path):
+    """As docs/how_to/evaluate.md has it: upstream's task, with a file in place of the Hub."""
+    pytest.importorskip("fuzzywuzzy")
+    for name, row in LONGBENCH.items():
+        columns = {"length": 9, "dataset": name, "language": "en", "all_classes": None, "_id": "1"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({**row, **columns}) + "\n")
+        described = {
+            "include": str(UPSTREAM / f"longbench/{name}.yaml"),
+            "task": f"local_{name}",
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {
+                "data_files": {"test": str(tmp_path / f"{name}.jsonl")},
+                "cache_dir": str(tmp_path / "cache"),
+            },
+        }
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(described))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = simple_evaluate(
+        HarnessModel(exported, max_length=1024),
+        tasks=["local_qasper", "local_lcc"],
+        task_manager=manager,
+        gen_kwargs={"max_gen_toks": 8},
+        bootstrap_iters=0,
+    )
+    assert found is not None
+    (qasper,), (lcc,) = found["samples"]["local_qasper"], found["samples"]["local_lcc"]
+    assert STORY * 3 in qasper["arguments"][0][0]
+    assert qasper["arguments"][0][0].endswith("Question: Which ship?\n\nAnswer:")
+    assert lcc["arguments"][0][0].endswith("def sea():\nNext line of code:")
+    assert 0 <= found["results"]["local_qasper"]["qa_f1_score,none"] <= 1
+    assert 0 <= found["results"]["local_lcc"]["code_sim_score,none"] <= 1
 
 
 # ---- what it costs, and what it says
@@ -405,6 +584,55 @@ def test_a_checkpoint_without_tokenizer_asks_for_one(tmp_path: Path):
     assert isinstance(HarnessModel(folder, tokenizer="bytes").tokenizer, ByteTokenizer)
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConnectionError("Couldn't reach\n'baber/essays'"), r"fetched \(Couldn't reach 'baber/ess"),
+        (requests.exceptions.ProxyError("no route"), r"fetched \(no route\); run it once with a"),
+        (LookupError("\n***\n nltk.download('punkt_tab')"), r"fetched \(NLTK's punkt_tab, which"),
+        (ValueError("tasks not\nfound"), r"^harness: error: tasks not found$"),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_the_command_says_in_one_line_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(harness, "cli_evaluate", fail)
+    with pytest.raises(SystemExit, match=message) as ended:
+        harness.main()
+    assert "\n" not in str(ended.value.code)
+
+
+@pytest.mark.slow  # the command lists all of lm-eval's own tasks first
+@pytest.mark.parametrize("task", ["niah_single_2", "ruler_qa_squad", "longbench_qasper"])
+def test_a_task_whose_data_cannot_be_fetched_is_one_line(exported: str, task: str, tmp_path: Path):
+    command = [sys.executable, "-m", "lit_longctx.evaluation.harness", "run"]
+    command += ["--model", "lit_longctx", "--model_args", f"pretrained={exported}"]
+    nowhere = {f"{kind}_PROXY": "http://127.0.0.1:9" for kind in ("HTTP", "HTTPS")}
+    env = {**os.environ, **nowhere, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [*command, "--tasks", task], capture_output=True, text=True, check=False, env=env
+    )
+    assert done.returncode == 1
+    assert "harness: error: data of a task cannot be fetched (" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_is_code_is_refused(chatting: str, name: str, tmp_path: Path):
+    """RULER's tasks would run it."""
+    folder = Path(shutil.copytree(chatting, tmp_path / "copy"))
+    (folder / "manifest.json").unlink()
+    known = json.loads((folder / name).read_text())
+    known["auto_map"] = {"AutoTokenizer": ["code.Evil", None]}
+    (folder / name).write_text(json.dumps(known))
+    with pytest.raises(ValueError, match=rf"{name} names code for the tokenizer, which RULER's"):
+        HarnessModel(str(folder))
+
+
 @pytest.mark.parametrize("rows", ["auto", 0, -1])
 def test_batch_sizes_are_numbers(exported: str, rows: int | str):
     with pytest.raises(ValueError, match=f"batch_size of 1 or more; got {rows}"):
@@ -428,10 +656,3 @@ def test_a_continuation_beyond_the_context_is_refused(ours: HarnessModel):
 def test_generation_that_is_not_ours_is_refused(ours: HarnessModel, options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         generated(ours, [("the sea", {"max_gen_toks": 4, **options})])
-
-
-@pytest.mark.usefixtures("offline")
-def test_chat_templates_are_refused(ours: HarnessModel, tmp_path: Path):
-    manager = tasks(tmp_path, ["no"] * len(QUESTIONS))
-    with pytest.raises(ValueError, match="got a chat template; drop --apply_chat_template"):
-        evaluated(ours, manager, apply_chat_template=True)

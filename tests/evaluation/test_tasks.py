@@ -217,6 +217,13 @@ def answers_by_search(name, text):
         counts = Counter(word for word in words if set(word) != {"."}).most_common(4)
         assert len({number for _, number in counts}) == 4
         return [word for word, _ in counts[:3]]
+    if name == "helmet_json_kv":
+        asked = re.findall(r"Key: (\S+) Corresponding value:$", text)
+        return [dict(re.findall(r'"([\w-]+)": "([\w-]+)"', text))[key] for key in asked]
+    if name.startswith("helmet_"):
+        (asked,) = re.findall(r"for (\S+) mentioned in the provided text\?", text)
+        pairs = re.findall(r"special magic \w+ for ([\w-]+) is: ([\w-]+)\.", text)
+        return [value for key, value in pairs if key == asked]
     asked = re.findall(r"magic numbers for ([\w, -]+)\? They are", text)[0].split(", ")
     pairs = re.findall(r"special magic numbers for ([\w-]+) is: (\d+)\.", text)
     assert len(pairs) == 4

@@ -22,6 +22,7 @@ from lit_longctx.data.store.windows import Windows
 from lit_longctx.data.tokens.tokenizer import ByteTokenizer
 from lit_longctx.evaluation import candidates
 from lit_longctx.evaluation.loss.held_out import HeldOutLoss
+from lit_longctx.evaluation.loss.longppl import KeyTokens, LongPPL
 from lit_longctx.evaluation.loss.sliding import SlidingWindow, SlidingWindowPerplexity
 from lit_longctx.evaluation.retrieval.answers import Answers
 from lit_longctx.evaluation.retrieval.prompts import Haystack
@@ -54,6 +55,10 @@ TASKS_RECORDED: dict[str, tuple[int, str]] = {
     "common_words": (1, "acf1fd71c1401e30"),
     "frequent_words": (1, "dbbb179bf56f6d66"),
     "key_values": (1, "a9c2ddd4a675329a"),
+    "helmet_json_kv": (1, "9869e7c934ebd5eb"),
+    "helmet_niah_mk_2": (1, "28016076cbf37b1b"),
+    "helmet_niah_mk_3": (1, "131d3aa91f2a63f9"),
+    "helmet_niah_mv": (1, "da7c18ba56a084d9"),
     "needle, fu": (1, "7577bc4fea6e18f5"),
 }
 """Version, and hash of prompts, answers and scores."""
@@ -84,6 +89,7 @@ METRICS_RECORDED: dict[str, tuple[int, list[float]]] = {
         ],
     ),
     "perplexity": (1, [6.3716, 6.2768, 6.1308, 127, 64, 64, 255, 6.4603, 255, 255]),
+    "longppl": (1, [255, 1661.0166, 192, 1225.7093]),
     "answers": (1, [0, 5.6469, 0, 5.5574]),
 }
 """Version, and numbers that a tiny model gives."""
@@ -150,6 +156,15 @@ def test_perplexity_is_what_its_version_measured(folder: Path, llama: Llama):
     found = [sliding.measure(llama, item) for item in sliding.eval_items()]
     numbers = [n for each in found for n in (*each["means"], *each["targets"], each["bytes"])]
     assert (sliding.version, numbers) == recorded("perplexity")
+
+
+def test_longppl_is_what_its_version_measured(folder: Path, llama: Llama):
+    data = runs.prepare(folder / "longppl", runs.documents(seed=7, number=60))
+    how = KeyTokens(truncated_context=64, stride=64, documents=1, tokens=256)
+    longppl = LongPPL({"longppl": Windows(data, "held_out", 256)}, how)
+    found = [longppl.measure(llama, item) for item in longppl.eval_items()]
+    numbers = [n for each in found for nats in each.values() for n in (len(nats), sum(nats))]
+    assert (longppl.version, numbers) == recorded("longppl")
 
 
 def test_answers_are_what_their_version_measured(folder: Path, llama: Llama):

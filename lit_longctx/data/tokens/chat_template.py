@@ -57,6 +57,7 @@ class ChatTemplate:
         longest_first = sorted(specials, key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, longest_first)))
         self._marks = {text: mark(number) for text, number in specials.items()}
+        self._named = {mark(number): f"\0{text}\0" for text, number in specials.items()}
         try:
             self._lead = self._space_before_answers()
             probe = self.render(Conversation(PROBE, "probe", ""))
@@ -110,6 +111,31 @@ class ChatTemplate:
         ids, _ = self._encode("".join(piece.text for piece in segments))
         begin = [] if ids[:1] == [self.tokenizer.bos] else self.tokenizer.prefix
         return np.array([*begin, *ids], dtype=np.int32)
+
+    def marked_prompt(self, messages: Sequence[Message], continued: bool = False) -> str:
+        r"""Return the text of a prompt, each special token of the template's between two NULs.
+
+        Other text may be put behind it; `encode_marked` reads the whole.
+
+        Args:
+            messages: As for `prompt`.
+            continued: Whether the prompt ends with the last message, which the assistant goes on
+                with; default: with what makes the assistant answer.
+
+        Raises:
+            Malformed: As for `render`.
+        """
+        conversation = Conversation(tuple(messages), "prompt", "")
+        segments = self._segments(conversation, generation=not continued)
+        while continued and segments[-1].kind in ("template", "special"):
+            segments.pop()
+        return "".join(self._named.get(piece.text, piece.text) for piece in segments)
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Return the ids of what `marked_prompt` wrote, and of text behind it; no BOS is added."""
+        for special, named in self._named.items():
+            text = text.replace(named, special)
+        return self._encode(text)[0]
 
     def _bordered(
         self,

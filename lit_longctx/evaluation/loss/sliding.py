@@ -55,6 +55,22 @@ class SlidingWindow:
         return self.tokens or max(self.windows)
 
 
+def long_documents(name: str, source: Windows, tokens: int, number: int, option: str) -> list[int]:
+    """Return first tokens of so many documents of `tokens` or more, spread evenly over them.
+
+    Raises:
+        ValueError: There is none; `option` is the one to lower.
+    """
+    lengths = source.document_lengths().astype(np.int64)
+    long = (lengths.cumsum() - lengths)[lengths >= tokens].tolist()
+    if not long:
+        raise ValueError(
+            f"no held-out document of {name} has {tokens} tokens; the longest has "
+            f"{lengths.max(initial=0)}; set {option} to that or less"
+        )
+    return spread(long, number)
+
+
 class SlidingWindowPerplexity(Measure):
     """Perplexity of the same held-out documents for every window; one document is one item.
 
@@ -85,14 +101,8 @@ class SlidingWindowPerplexity(Measure):
 
     def _places(self, name: str) -> list[int]:
         """First tokens of the chosen documents of a source."""
-        lengths = self.sources[name].document_lengths().astype(np.int64)
-        long = (lengths.cumsum() - lengths)[lengths >= self.how.length].tolist()
-        if not long:
-            raise ValueError(
-                f"no held-out document of {name} has {self.how.length} tokens; the longest has "
-                f"{lengths.max(initial=0)}; set --sliding.tokens to that or less"
-            )
-        return spread(long, self.how.documents)
+        length, number = self.how.length, self.how.documents
+        return long_documents(name, self.sources[name], length, number, "--sliding.tokens")
 
     def measure(self, llama: Llama, item: EvalItem) -> dict[str, Any]:
         """Return nats by window, and the bytes of the text (of its last character, too)."""

@@ -15,12 +15,10 @@ from lit_longctx.data.making.synthetic import HEAD, key_value, keys, number
 from lit_longctx.data.tokens.tokenizer import Tokenizer
 from lit_longctx.evaluation.retrieval.prompts import (
     Haystack,
-    Span,
+    Hidden,
     TaskExample,
-    complete,
-    piece,
+    hide_in_lines,
     pieces,
-    room_for_context,
 )
 from lit_longctx.evaluation.retrieval.tasks import Seeded, Task
 
@@ -38,27 +36,12 @@ class KeyValues(Task):
 
         The haystack gives the tokenizer alone. Costs tokenizing as many lines as there are.
         """
-        tokenizer, names = hay.tokenizer, keys(seeded)
+        names = keys(seeded)
         key, value = next(names), number(seeded)
-        line, tail = key_value(key, value), f"\n{key}:"
-        head_ids = [*tokenizer.prefix, *tokenizer.encode([HEAD])[0].tolist()]
-        line_ids, tail_ids = (
-            piece(tokenizer, line, before=value),
-            piece(tokenizer, tail, before=value),
-        )
-        needed = sum(map(len, (head_ids, line_ids, tail_ids)))
-        others, left = [], room_for_context(length, needed)
-        for ids in _lines(tokenizer, names, seeded):
-            if len(ids) > left:
-                others.append(ids[:left])
-                break
-            others.append(ids)
-            left -= len(ids)
-        before = round((len(others) - 1) * depth / 100)
-        ids = [*head_ids, *(i for other in others[:before] for i in other)]
-        span = Span(line.strip(), len(ids), len(ids) + len(line_ids))
-        ids += [*line_ids, *(i for other in others[before:] for i in other), *tail_ids]
-        return complete(tokenizer, ids, tail, [value], [span])
+        needle = Hidden(depth, key_value(key, value))
+        others = _lines(hay.tokenizer, names, seeded)
+        tail = f"\n{key}:"
+        return hide_in_lines(hay.tokenizer, length, HEAD, [needle], others, tail, [value], value)
 
     def score(self, sample: TaskExample, response: str) -> float:
         """Whether the response begins with the value, as a whole number.

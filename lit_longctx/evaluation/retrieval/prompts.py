@@ -6,9 +6,9 @@ tokens stand; the hay between them is cut token by token. Nothing is tokenized a
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from typing import NamedTuple
 
 import numpy as np
@@ -198,6 +198,52 @@ def hide(
         ids += needle_ids
         last = place
     ids += stretch(last, room)
+    return complete(tokenizer, [*ids, *tail_ids], tail, references, spans)
+
+
+def hide_in_lines(
+    tokenizer: Tokenizer,
+    length: int,
+    head: str,
+    needles: Sequence[Hidden],
+    others: Iterable[list[int]],
+    tail: str,
+    references: Sequence[str],
+    before: str = "\n",
+) -> TaskExample:
+    """Return a prompt of exactly `length` tokens: needles among as many other lines as have room.
+
+    A needle at depth d stands behind d percent of the other lines; the last of these is cut short.
+
+    Args:
+        tokenizer: The model's.
+        length: Tokens of the prompt, with BOS.
+        head: Text before the lines.
+        needles: Lines with the white space around them.
+        others: Ids of other lines, as many as are asked for.
+        tail: Text after the lines.
+        references: Parts of the answer.
+        before: What stands before a line; see `pieces`.
+    """
+    needles = sorted(needles, key=lambda needle: needle.depth)
+    head_ids = [*tokenizer.prefix, *tokenizer.encode([head])[0].tolist()]
+    hidden = [piece(tokenizer, needle.text, before) for needle in needles]
+    tail_ids = piece(tokenizer, tail, before)
+    left = room_for_context(length, sum(map(len, (head_ids, tail_ids, *hidden))))
+    lines = []
+    for line in others:
+        lines.append(line[:left])
+        if len(line) > left:
+            break
+        left -= len(line)
+    ids, spans, last = [*head_ids], [], 0
+    for needle, needle_ids in zip(needles, hidden, strict=True):
+        place = round((len(lines) - 1) * needle.depth / 100)
+        ids += chain.from_iterable(lines[last:place])
+        spans.append(Span(needle.text.strip(), len(ids), len(ids) + len(needle_ids)))
+        ids += needle_ids
+        last = place
+    ids += chain.from_iterable(lines[last:])
     return complete(tokenizer, [*ids, *tail_ids], tail, references, spans)
 
 

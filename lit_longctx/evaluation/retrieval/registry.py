@@ -1,5 +1,6 @@
 """The retrieval tasks by name."""
 
+from lit_longctx.evaluation.retrieval.helmet import JsonKv, NiahMk2, NiahMk3, NiahMv
 from lit_longctx.evaluation.retrieval.key_values import KeyValues
 from lit_longctx.evaluation.retrieval.ruler import (
     CommonWords,
@@ -22,6 +23,10 @@ TASKS: dict[str, type[Task]] = {
     "common_words": CommonWords,
     "frequent_words": FrequentWords,
     "key_values": KeyValues,
+    "helmet_json_kv": JsonKv,
+    "helmet_niah_mk_2": NiahMk2,
+    "helmet_niah_mk_3": NiahMk3,
+    "helmet_niah_mv": NiahMv,
 }
 """Every task by the name it has on the command line."""
 

@@ -1,7 +1,9 @@
 """Tasks like RULER's (Hsieh et al. 2024, arXiv:2404.06654): its structures, counts and score.
 
 The wording is ours and so are the words, drawn from syllables, so that none is part of another. So
-compare models with these tasks, but not with the paper's numbers.
+compare models with these tasks, but not with the paper's numbers: they are none of niah_multikey_1,
+niah_multivalue, niah_multiquery, vt, cwe and fwe. All 13 tasks by RULER's own names run through
+lm-evaluation-harness (`lit_longctx.evaluation.harness`, --tasks ruler).
 """
 
 import random
@@ -56,7 +58,7 @@ class MultiKey(Ruler):
 
     def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> TaskExample:
         """Hide the number that is asked for at `depth`, the others anywhere."""
-        keys, numbers = _keys(seeded, self.keys), _numbers(seeded, self.keys)
+        keys, numbers = drawn_keys(seeded, self.keys), drawn_numbers(seeded, self.keys)
         pairs = list(zip(keys, numbers, strict=True))
         return _magic_numbers(hay, length, depth, seeded, pairs, keys[:1])
 
@@ -73,8 +75,8 @@ class MultiValue(Ruler):
 
     def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> TaskExample:
         """Hide the first at `depth`, the others anywhere."""
-        (key,) = _keys(seeded, 1)
-        pairs = [(key, number) for number in _numbers(seeded, self.values)]
+        (key,) = drawn_keys(seeded, 1)
+        pairs = [(key, number) for number in drawn_numbers(seeded, self.values)]
         return _magic_numbers(hay, length, depth, seeded, pairs, [key])
 
 
@@ -90,7 +92,7 @@ class MultiQuery(Ruler):
 
     def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> TaskExample:
         """Hide the first at `depth`, the others anywhere."""
-        keys, numbers = _keys(seeded, self.queries), _numbers(seeded, self.queries)
+        keys, numbers = drawn_keys(seeded, self.queries), drawn_numbers(seeded, self.queries)
         pairs = list(zip(keys, numbers, strict=True))
         return _magic_numbers(hay, length, depth, seeded, pairs, keys)
 
@@ -108,7 +110,7 @@ class VariableTracking(Ruler):
     def draw(self, hay: Haystack, length: int, depth: float, seeded: Seeded) -> TaskExample:
         """Assign the value at `depth`, and hop on anywhere after it."""
         names = [word[:5].upper() for word in islice(_syllables(seeded, 5), self.hops + 1)]
-        (value,) = _numbers(seeded, 1)
+        (value,) = drawn_numbers(seeded, 1)
         depths = [depth, *sorted(seeded.uniform(depth, 100) for _ in names[1:])]
         values = [value, *(f"VAR {name}" for name in names[:-1])]
         return hide(
@@ -234,12 +236,14 @@ def _syllables(seeded: random.Random, letters: int = 6) -> Iterator[str]:
             yield word
 
 
-def _keys(seeded: random.Random, number: int) -> list[str]:
+def drawn_keys(seeded: random.Random, number: int) -> list[str]:
+    """Return so many keys, two made-up words each, such as `bafuge-tilopa`."""
     words = _syllables(seeded)
     return [f"{next(words)}-{next(words)}" for _ in range(number)]
 
 
-def _numbers(seeded: random.Random, number: int) -> list[str]:
+def drawn_numbers(seeded: random.Random, number: int) -> list[str]:
+    """Return so many different numbers of 7 digits."""
     return [str(found) for found in seeded.sample(range(10**6, 10**7), number)]
 
 
