@@ -124,10 +124,16 @@ NOISE = re.compile(
     r"Expected a <class 'NoneType'>$|Expected a path but "
 )
 """Lines of jsonargparse's nested errors that tell the user nothing."""
+NO_SCHEME = r"Expected an instantiatable class, but [\w.]+\.PositionScheme is abstract"
+"""What jsonargparse says of a pattern of layers before it has tried to read one."""
 PLAINER = (
     (re.compile(r"Parser key \"([^\"]*)\": ?"), r"\1: "),
     (re.compile(r"Problem with given class_path '(?:\w+\.)*(\w+)': ?"), r"\1: "),
     (re.compile(r"Expected a dot import path string: ?"), "no class named "),
+    (re.compile(r"\b(no class named (\w+)) no class named \2\b"), r"\1"),
+    (re.compile(r"(?<=is not accepted) LayerPattern: Option '[\w.]+' is not accepted"), ""),
+    (re.compile(rf"{NO_SCHEME} (?!LayerPattern: Option)"), ""),
+    (re.compile(NO_SCHEME), "a scheme needs its class_path;"),
 )
 
 
@@ -171,7 +177,7 @@ def class_names(message: str) -> list[str]:
 
     if owners := OWNER.findall(message):
         hint = get_type_hints(_class(owners[-1]).__init__).get(KEY.findall(message)[-1])
-        bases = [kind for kind in (*get_args(hint), hint) if isinstance(kind, type)]
+        bases = [k for k in (*get_args(hint), hint) if isinstance(k, type) and isabstract(k)]
     else:
         bases = [_class(name) for name in SUBTYPE.findall(message)[-1:]]
     return sorted({name for base in bases for name in _concrete(base)})

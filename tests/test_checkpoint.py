@@ -130,7 +130,7 @@ def edit(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen2"}, "model_type is 'qwen2', expected 'llama'"),
+        ({"model_type": "phi3"}, "model_type is 'phi3', expected one of llama, mistral,"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"vocab_size": None}, "vocab_size"),

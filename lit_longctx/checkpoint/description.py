@@ -9,7 +9,7 @@ import torch
 from lit_longctx.checkpoint.trust import Untrusted, scheme_named
 from lit_longctx.json_file import error_text, read_object
 from lit_longctx.model import Llama, LlamaConfig
-from lit_longctx.model.layers import LayerKind, Layers
+from lit_longctx.model.layers import LayerKind, LayerPattern, Layers
 from lit_longctx.position import PositionScheme
 
 MODEL = "model.json"
@@ -30,15 +30,19 @@ def describe_layers(layers: Layers) -> dict[str, Any]:
     """Return `position` where one scheme describes all layers, else `layers`."""
     if layers.are_uniform:
         return {"position": describe_position(layers.position)}
-    kinds = [
-        {"position": describe_position(kind.position), "window": kind.window}
-        for kind in layers.kinds
-    ]
+    kinds = [_describe_kind(kind) for kind in layers.kinds]
     return {"layers": {"kinds": kinds, "kind_of": list(layers.kind_of)}}
 
 
-def describe_position(position: PositionScheme) -> dict[str, Any]:
-    """Return a scheme as class_path and init_args, the form configs use."""
+def _describe_kind(kind: LayerKind) -> dict[str, Any]:
+    return {"position": describe_position(kind.position), "window": kind.window}
+
+
+def describe_position(position: PositionScheme | LayerPattern) -> dict[str, Any]:
+    """Return a scheme as class_path and init_args, or a pattern, in the form configs use."""
+    if isinstance(position, LayerPattern):
+        kinds = {name: _describe_kind(kind) for name, kind in position.kinds.items()}
+        return {"layers": list(position.layers), "kinds": kinds}
     kind = type(position)
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": vars(position)}
 

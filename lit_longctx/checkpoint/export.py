@@ -12,6 +12,7 @@ from lit_longctx import manifest
 from lit_longctx import position as schemes
 from lit_longctx.checkpoint import hugging_face, parameters, readers
 from lit_longctx.checkpoint.companions import GENERATION, TOKENS, Companions
+from lit_longctx.checkpoint.families import FAMILIES
 from lit_longctx.checkpoint.opening import Checkpoint, open_checkpoint
 from lit_longctx.model import Llama
 from lit_longctx.progress import say
@@ -52,9 +53,11 @@ def export_pretrained(
     tokens = start.tokens if start else {}
     context = context or context_of(llama)[0]
     config = hugging_face.config_json(llama, context, dtype) | tokens
+    if config["model_type"] != llama.config.model_type:
+        say(f"{folder}: written as {config['model_type']}, which has layers such as the model's")
     with manifest.whole_folder(Path(folder)) as temporary:
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        parameters.save(llama, temporary, dtype)
+        parameters.save(llama, temporary, dtype, FAMILIES[config["model_type"]].norm_offset)
         save = getattr(tokenizer, "save", None)
         if save:
             save(temporary)

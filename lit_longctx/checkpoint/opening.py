@@ -15,7 +15,7 @@ from lit_longctx.checkpoint.trust import Untrusted, trusting
 from lit_longctx.checkpoint.verification import fault_in, newest_whole, offer_whole, steps_of
 from lit_longctx.model import Llama, LlamaConfig, layers_of
 from lit_longctx.model.attention import AttnImplementation
-from lit_longctx.model.layers import LayerKind, Layers
+from lit_longctx.model.layers import LayerPattern, Layers
 from lit_longctx.position import PositionScheme
 from lit_longctx.position.scheme import INHERITED, THETA
 from lit_longctx.progress import say
@@ -103,17 +103,19 @@ class Checkpoint:
                 found[name] = values.pop()
         return found
 
-    def layers_with(self, position: PositionScheme | Layers | None) -> Layers:
+    def layers_with(self, position: PositionScheme | LayerPattern | Layers | None) -> Layers:
         """Return the layers of a model that has this checkpoint's weights, and say what is taken.
 
         Args:
-            position: Scheme or layers; what they leave open is the checkpoint's. Default: the
-                checkpoint's own.
+            position: One scheme for all layers, which keep their windows, or a pattern of kinds, or
+                the layers; what they leave open is the checkpoint's. Default: the checkpoint's own.
         """
         if position is None:
             return self.layers
+        if isinstance(position, PositionScheme):
+            position = self.layers.with_position(position)
         layers = layers_of(position, self.config, self)
-        kinds = position.kinds if isinstance(position, Layers) else (LayerKind(position),)
+        kinds = position.kinds.values() if isinstance(position, LayerPattern) else position.kinds
         for name in INHERITED:
             if any(name in kind.position.unset() for kind in kinds):
                 say(f"position: {name} {self.inherited()[name]:.12g} from {self.path}")
@@ -145,7 +147,7 @@ class Checkpoint:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         attn_implementation: AttnImplementation = "auto",
-        position: PositionScheme | Layers | None = None,
+        position: PositionScheme | LayerPattern | Layers | None = None,
     ) -> Llama:
         """Return the model with its weights.
 
@@ -154,8 +156,8 @@ class Checkpoint:
             dtype: Of the weights.
             attn_implementation: Attention back end; `auto`: varlen on CUDA in bf16 or fp16, else
                 sdpa.
-            position: Scheme to use; what it leaves open is the checkpoint's, and said. Default: the
-                checkpoint's.
+            position: Scheme, or pattern of kinds of layers, to use; what it leaves open is the
+                checkpoint's, and said. Default: the checkpoint's.
 
         Raises:
             ValueError: What is missing, torn, of another shape or beyond what this model can
@@ -230,9 +232,11 @@ def _opened(path: Path) -> Checkpoint:
         if manifest.is_sealed(path):
             files = manifest.read(path)["files"]
             manifest.check_listed(path, [f for f in files if not f.endswith(".safetensors")])
-        read = hugging_face.read_config if (path / "config.json").is_file() else meta.read_params
-        config, position = read(path)
-        layers = Layers.uniform(position, config.num_hidden_layers)
+        if (path / "config.json").is_file():
+            config, layers = hugging_face.read_config(path)
+        else:
+            config, position = meta.read_params(path)
+            layers = Layers.uniform(position, config.num_hidden_layers)
     context = context or config.max_position_embeddings
     ours = (path / MODEL).is_file()
     beside = Companions.of_run(path.parent.parent) if ours else Companions(path)
@@ -249,7 +253,7 @@ def _tokenizer_of(path: Path, beside: Companions) -> Path | None:
 
 def load_pretrained(
     folder: str | Path,
-    position: PositionScheme | None = None,
+    position: PositionScheme | LayerPattern | None = None,
     attn_implementation: AttnImplementation = "auto",
     trust: bool = False,
 ) -> Llama:
@@ -258,8 +262,8 @@ def load_pretrained(
     Args:
         folder: config.json with one or several safetensors files, a run folder, or one of its
             checkpoints.
-        position: The scheme to use; theta and original_context that it leaves open are the
-            folder's, and said. Default: the scheme that the folder describes.
+        position: The scheme, or pattern of kinds of layers, to use; theta and original_context
+            that it leaves open are the folder's, and said. Default: what the folder describes.
         attn_implementation: Attention back end; `auto`: varlen on CUDA in bf16 or fp16, else sdpa.
         trust: Import the position scheme that a run folder names, if it is none of this package's.
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lit_longctx import manifest
 from lit_longctx.checkpoint import meta
+from lit_longctx.checkpoint.families import FAMILIES
 from lit_longctx.json_file import read_object
 from lit_longctx.model import Llama, LlamaConfig, initial_weight
 
@@ -146,9 +147,18 @@ def _fill_from_safetensors(
             f"{folder}/config.json: tie_word_embeddings is true, but {HEAD} is stored with other "
             f"values than {EMBEDDING}; set it to false to use {HEAD}, or remove {HEAD}"
         )
+    offset = FAMILIES[config.model_type].norm_offset
     for name in parameters.keys() - set(missing):
         _copy(parameters[name], stored[name])
+        if offset and is_norm(name):
+            with torch.no_grad():
+                parameters[name].add_(offset)
     return missing
+
+
+def is_norm(name: str) -> bool:
+    """Whether a parameter is the weight of a norm."""
+    return name.endswith("norm.weight")
 
 
 def _fill_from_meta(parameters: dict[str, Tensor], folder: Path, config: LlamaConfig) -> list[str]:
@@ -263,13 +273,23 @@ def _fill_from_run(parameters: dict[str, Tensor], folder: Path, config: LlamaCon
     return missing
 
 
-def save(llama: Llama, folder: Path, dtype: torch.dtype) -> None:
-    """Write safetensors, with an index where they are several files."""
+def save(llama: Llama, folder: Path, dtype: torch.dtype, norm_offset: float = 0.0) -> None:
+    """Write safetensors, with an index where they are several files.
+
+    Args:
+        llama: The model.
+        folder: Where to.
+        dtype: Of the stored weights.
+        norm_offset: Is subtracted from the weights of norms; see `Family`.
+    """
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for long_name, parameter in llama.named_parameters():
         weight = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        weight = _as_dtype(plain(long_name), weight.detach().cpu(), dtype)
+        weight = weight.detach().cpu()
+        if norm_offset and is_norm(plain(long_name)):
+            weight = weight - norm_offset
+        weight = _as_dtype(plain(long_name), weight, dtype)
         if filled and filled + weight.nbytes > SHARD_BYTES:
             shards.append({})
             filled = 0

@@ -93,6 +93,8 @@ def check(config: dict[str, Any]) -> list[str]:
     Raises:
         ValueError: A key is not where a program looks for it.
     """
+    if "rope_type" not in config[NEW]:  # settings by type of layer
+        return [f"transformers before 5 and other programs may not read {NEW} by type of layer"]
     kind = config[NEW]["rope_type"]
     lines = []
     for reader in READERS:

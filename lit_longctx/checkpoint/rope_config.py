@@ -40,8 +40,12 @@ NEUTRAL = {
 # ---- in
 
 
-def read_position(config: dict[str, Any]) -> Rotary:
+def read_position(config: dict[str, Any], theta: float = THETA) -> Rotary:
     """Return the scheme that config.json describes.
+
+    Args:
+        config: What config.json holds.
+        theta: Rotary base where it names none.
 
     Raises:
         ValueError: A key that no scheme here can represent, or one that is no number; two places
@@ -50,7 +54,7 @@ def read_position(config: dict[str, Any]) -> Rotary:
     for key, value in NEUTRAL.items():
         if config.get(key, value) not in (value, None):
             raise ValueError(f"key {key} {config[key]} cannot be represented; expected {value}")
-    rope = _settings(config)
+    rope = _settings(config, theta)
     kind = rope.pop("rope_type")
     if kind not in SCHEMES:
         raise ValueError(
@@ -67,7 +71,7 @@ def read_position(config: dict[str, Any]) -> Rotary:
     return position
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
+def _settings(config: dict[str, Any], theta: float) -> dict[str, Any]:
     """Return the rope settings of whichever place holds them; ValueError if two disagree."""
     found: dict[str, dict[str, Any]] = {}
     for place in ("rope_parameters", "rope_scaling"):
@@ -75,9 +79,9 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
         if told and not isinstance(told, dict):
             raise ValueError(f"{place} is {told!r}, expected an object")
         if told:
-            found[place] = _completed(place, told, config)
+            found[place] = _completed(place, told, config, theta)
     if not found:
-        return _completed("config.json", {}, config)
+        return _completed("config.json", {}, config, theta)
     new, old = next(iter(found.values())), list(found.values())[-1]
     if new != old:
         raise ValueError(
@@ -87,7 +91,9 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
-def _completed(place: str, told: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def _completed(
+    place: str, told: dict[str, Any], config: dict[str, Any], theta: float
+) -> dict[str, Any]:
     """Return settings of one place, with what stands beside it, checked to be numbers."""
     rope = {key: value for key, value in told.items() if value is not None and key not in INERT}
     kinds = {rope.pop(key) for key in ("type", "rope_type") if key in rope} or {"default"}
@@ -95,7 +101,7 @@ def _completed(place: str, told: dict[str, Any], config: dict[str, Any]) -> dict
         raise ValueError(f"{place} has type and rope_type, {' and '.join(sorted(kinds))}; keep one")
     rope["rope_type"] = kinds.pop()
     scheme = SCHEMES.get(rope["rope_type"], Rotary)
-    keys: dict[str, float | None] = {"rope_theta": THETA}
+    keys: dict[str, float | None] = {"rope_theta": theta}
     if "original_context" in scheme.rope_fields:
         keys[ORIGINAL] = None
     else:

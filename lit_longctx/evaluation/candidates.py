@@ -13,6 +13,7 @@ import torch
 from lit_longctx import position as position_package
 from lit_longctx.checkpoint import Checkpoint, describe_position, open_checkpoint
 from lit_longctx.manifest import identity, short_hash
+from lit_longctx.model.layers import LayerKind, LayerPattern
 from lit_longctx.position import PositionScheme
 
 
@@ -22,8 +23,8 @@ class Candidate(NamedTuple):
     folder: str
     """As it was given."""
     start: Checkpoint
-    position: PositionScheme | None = None
-    """Scheme in place of the checkpoint's own."""
+    position: PositionScheme | LayerPattern | None = None
+    """Scheme, or pattern of kinds of layers, in place of the checkpoint's own."""
 
     @property
     def name(self) -> str:
@@ -32,11 +33,18 @@ class Candidate(NamedTuple):
 
     def described(self) -> dict[str, Any]:
         """Return what decides its values."""
-        kinds = self.start.layers.kinds
-        schemes = [self.position] if self.position else [kind.position for kind in kinds]
+        kinds = kinds_in(self.position) if self.position else self.start.layers.kinds
+        schemes = [kind.position for kind in kinds]
         known = {"checkpoint": self.folder, "holds": identity(self.start.path)}
         known |= {"scheme_code": code_of(schemes)}
         return known | ({"position": describe_position(self.position)} if self.position else {})
+
+
+def kinds_in(position: PositionScheme | LayerPattern) -> list[LayerKind]:
+    """Return the kinds of a pattern, or the one kind of a scheme."""
+    if isinstance(position, LayerPattern):
+        return list(position.kinds.values())
+    return [LayerKind(position)]
 
 
 def code_of(schemes: Sequence[PositionScheme]) -> str:
@@ -58,7 +66,7 @@ def _code(module: str) -> str:
 
 
 def open_candidates(
-    folders: Sequence[str], positions: Sequence[PositionScheme]
+    folders: Sequence[str], positions: Sequence[PositionScheme | LayerPattern]
 ) -> dict[str, Candidate]:
     """Open and verify each checkpoint, once; return each under its own and all other schemes."""
     found: dict[str, Candidate] = {}
@@ -69,7 +77,8 @@ def open_candidates(
             if candidate.name in found:
                 raise ValueError(f"two columns would be named {candidate.name}; leave one out")
             if position:
-                check_weightless(start, position)
+                for kind in kinds_in(position):
+                    check_weightless(start, kind.position)
             found[candidate.name] = candidate
     return found
 
@@ -85,8 +94,14 @@ def check_weightless(start: Checkpoint, position: PositionScheme) -> None:
         )
 
 
-def short(position: PositionScheme) -> str:
-    """Return a scheme's name and what of its settings is not the default; of lists, the ends."""
+def short(position: PositionScheme | LayerPattern) -> str:
+    """Return a scheme's name and what of its settings is not the default; of lists, the ends.
+
+    Of a pattern, the schemes and windows of one repetition.
+    """
+    if isinstance(position, LayerPattern):
+        order = [position.kinds[name] for name in position.layers]
+        return f"[{', '.join(_short_kind(kind) for kind in order)}]"
     told = []
     for each in fields(cast(Any, position)):
         value = getattr(position, each.name)
@@ -94,3 +109,7 @@ def short(position: PositionScheme) -> str:
             ends = isinstance(value, Sequence) and len(value) > 2
             told.append(f"{each.name}={f'[{value[0]}…{value[-1]}]' if ends else value}")
     return f"{type(position).__name__}({', '.join(told)})"
+
+
+def _short_kind(kind: LayerKind) -> str:
+    return short(kind.position) + (f" in windows of {kind.window}" if kind.window else "")

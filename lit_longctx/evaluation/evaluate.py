@@ -29,6 +29,7 @@ from lit_longctx.evaluation.retrieval.prompts import Haystack
 from lit_longctx.manifest import write_text
 from lit_longctx.model import chosen_device
 from lit_longctx.model.attention import AttnImplementation, automatic
+from lit_longctx.model.layers import LayerPattern
 from lit_longctx.position import PositionScheme
 from lit_longctx.progress import counted
 from lit_longctx.result_cache import ResultCache
@@ -45,7 +46,7 @@ def evaluate(
     sliding: SlidingWindow = SlidingWindow(),
     key_tokens: KeyTokens = KeyTokens(),
     grid: Grid = Grid(),
-    positions: list[PositionScheme] = [],  # noqa: B006 - never changed
+    positions: list[PositionScheme | LayerPattern] = [],  # noqa: B006 - never changed
     attn_implementation: AttnImplementation = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
@@ -73,7 +74,8 @@ def evaluate(
         key_tokens: Documents of `longppl`, and what its key tokens are.
         grid: Lengths and depths of the probes.
         positions: Position schemes to measure each checkpoint under, without training, beside its
-            own: names such as YaRN with `init_args`, or class paths.
+            own: names such as YaRN with `init_args`, or class paths; or patterns of kinds of
+            layers, with `layers` and `kinds`.
         attn_implementation: Attention back end; `auto`: varlen on CUDA in bf16 or fp16, else sdpa.
         dtype: Of weights, keys and values.
         device: `cpu`, `cuda`, or `auto` for CUDA where there is one.

@@ -1,5 +1,6 @@
 """Which position scheme and which attention window each layer of a model has."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -42,6 +43,20 @@ class Layers:
     def uniform(position: PositionScheme, num_layers: int) -> "Layers":
         """Return layers that all have this scheme and see whole documents."""
         return Layers((LayerKind(position),), (0,) * num_layers)
+
+    @staticmethod
+    def of(kind_by_layer: Sequence[LayerKind]) -> "Layers":
+        """Return layers, given the kind of each; kinds that are equal become one."""
+        kinds: list[LayerKind] = []
+        for kind in kind_by_layer:
+            if kind not in kinds:
+                kinds.append(kind)
+        return Layers(tuple(kinds), tuple(kinds.index(kind) for kind in kind_by_layer))
+
+    @property
+    def by_layer(self) -> list[LayerKind]:
+        """The kind of each layer, from the first to the last."""
+        return [self.kinds[number] for number in self.kind_of]
 
     @property
     def are_uniform(self) -> bool:
@@ -86,6 +101,10 @@ class Layers:
                 found = tokens, f"the reach of {name}, factor {factor:g} × {original:,}"
         return found
 
+    def with_position(self, position: PositionScheme) -> "Layers":
+        """Return layers that all have this scheme; their windows stay."""
+        return Layers.of([replace(kind, position=position) for kind in self.by_layer])
+
     def with_theta(self, theta: float) -> "Layers":
         """Return the same layers with another rotary base; ValueError where several have one."""
         schemes = [cast(Any, kind.position) for kind in self.kinds]
@@ -110,3 +129,43 @@ class Layers:
             f"{count} × {kind.position}" + (f" in windows of {kind.window}" if kind.window else "")
             for count, kind in zip(counts, self.kinds, strict=True)
         )
+
+
+@dataclass(frozen=True)
+class LayerPattern:
+    """Kinds of layers by name, and the order of layers, repeated over the depth of a model.
+
+        position:
+          layers: [local, local, local, global]
+          kinds:
+            local: {position: {class_path: RoPE}, window: 4096}
+            global: {position: {class_path: NoPE}}
+
+    is SmolLM3's order (https://hf.co/blog/smollm3) with windows in the layers that have positions.
+    A last repetition that does not fit is cut off.
+    """
+
+    layers: Sequence[str]
+    """Names of kinds, from the first layer to the last of one repetition."""
+    kinds: Mapping[str, LayerKind]
+    """Position scheme and window of each name."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.layers:
+            raise ValueError("layers names no kind; expected one name or more, such as [global]")
+        if unknown := sorted(set(self.layers) - set(self.kinds)):
+            known = ", ".join(self.kinds) or "none"
+            raise ValueError(f"layers names {unknown[0]}, which is none of the kinds: {known}")
+        if spare := sorted(set(self.kinds) - set(self.layers)):
+            raise ValueError(f"kinds has {spare[0]}, which no layer is; remove it")
+
+    def over(self, num_layers: int) -> Layers:
+        """Return the layers of a model of that depth."""
+        names = (self.layers[i % len(self.layers)] for i in range(num_layers))
+        return Layers.of([self.kinds[name] for name in names])
+
+    def __str__(self) -> str:
+        """Name of each layer of a repetition, and what the names stand for."""
+        kinds = ", ".join(f"{name} {Layers((kind,), (0,))}" for name, kind in self.kinds.items())
+        return f"[{' '.join(self.layers)}]: {kinds}"

@@ -5,104 +5,25 @@ here knows of Lightning, data or sharding: those are done to it from outside.
 """
 
 import zlib
-from dataclasses import dataclass
-from math import inf
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lit_longctx.batch import Batch
 from lit_longctx.model.attention import AttnImplementation, attention_backend
 from lit_longctx.model.backend import AttentionBackend, Heads, KVHeads, Values
+from lit_longctx.model.config import LlamaConfig
 from lit_longctx.model.head import token_nats, token_top1_correct, weighted_loss
 from lit_longctx.model.keys import OWN, KeySource, LayerSource, View
-from lit_longctx.model.layers import Layers
+from lit_longctx.model.layers import LayerPattern, Layers
 from lit_longctx.position import PositionScheme
-from lit_longctx.position.scheme import THETA, InheritedSettings
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Shape of a Llama; fields are those of Hugging Face's config.json."""
-
-    vocab_size: int
-    """Rows of the embedding."""
-    hidden_size: int
-    """Width of the residual stream."""
-    intermediate_size: int
-    """Width inside the MLP."""
-    num_hidden_layers: int
-    """Number of blocks."""
-    num_attention_heads: int
-    """Query heads per block."""
-    num_key_value_heads: int | None = None
-    """Key and value heads per block (GQA); default: as many as query heads."""
-    head_dim: int | None = None
-    """Features per head; default: hidden_size / num_attention_heads."""
-    rms_norm_eps: float = 1e-6
-    """Added to the mean square before the root."""
-    tie_word_embeddings: bool = False
-    """Whether the LM head is the embedding."""
-    attention_bias: bool = False
-    """Whether q, k, v and o projections have biases."""
-    max_position_embeddings: int = 2048
-    """Tokens per sequence the model was trained on."""
-    bos_token_id: int | None = 1
-    """Token that begins every document."""
-    eos_token_id: int | None = 2
-    """Token that ends every document."""
-
-    def __post_init__(self) -> None:
-        self._check_values()
-        heads = self.num_attention_heads
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", heads)
-        if self.head_dim is None:
-            if self.hidden_size % heads:
-                raise ValueError(
-                    f"hidden_size {self.hidden_size} is no multiple of num_attention_heads "
-                    f"{heads}; give head_dim"
-                )
-            object.__setattr__(self, "head_dim", self.hidden_size // heads)
-        if heads % self.kv_heads:
-            raise ValueError(
-                f"num_attention_heads {heads} is no multiple of num_key_value_heads {self.kv_heads}"
-            )
-
-    def _check_values(self) -> None:
-        """ValueError, by name, for a value that no Llama can have."""
-        for name, value in vars(self).items():
-            if name.endswith("_token_id") or value is None:
-                valid, expected = value is None or type(value) is int, "a whole number, or none"
-            elif name in ("tie_word_embeddings", "attention_bias"):
-                valid, expected = isinstance(value, bool), "true or false"
-            elif name == "rms_norm_eps":
-                valid = type(value) in (int, float) and 0 < value < inf
-                expected = "a finite number above 0"
-            else:
-                valid, expected = type(value) is int and value > 0, "a whole number above 0"
-            if not valid:
-                raise ValueError(f"{name} is {value!r}; expected {expected}")
-
-    @property
-    def kv_heads(self) -> int:
-        """num_key_value_heads, resolved."""
-        assert self.num_key_value_heads is not None
-        return self.num_key_value_heads
-
-    @property
-    def head_width(self) -> int:
-        """head_dim, resolved."""
-        assert self.head_dim is not None
-        return self.head_dim
-
-    def inherited(self) -> dict[str, Any]:
-        """Return what position schemes leave open, where no checkpoint says it."""
-        return {"theta": THETA, "original_context": self.max_position_embeddings}
+from lit_longctx.position.scheme import InheritedSettings
 
 
 class Attention(nn.Module):
@@ -111,12 +32,19 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, position: PositionScheme, backend: AttentionBackend):
         super().__init__()
         width, dim, bias = config.hidden_size, config.head_width, config.attention_bias
+        queries, keys = config.num_attention_heads * dim, config.kv_heads * dim
         self.head_dim = dim
+        self.scale = (config.query_pre_attn_scalar or dim) ** -0.5
         self.backend = backend
-        self.q_proj = nn.Linear(width, config.num_attention_heads * dim, bias=bias)
-        self.k_proj = nn.Linear(width, config.kv_heads * dim, bias=bias)
-        self.v_proj = nn.Linear(width, config.kv_heads * dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * dim, width, bias=bias)
+        self.q_proj = nn.Linear(width, queries, bias=bias)
+        self.k_proj = nn.Linear(width, keys, bias=bias)
+        self.v_proj = nn.Linear(width, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, width, bias=config.has_o_proj_bias)
+        widths = {"none": (None, None), "head": (dim, dim), "width": (queries, keys)}
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(each, eps=config.rms_norm_eps) if each else None
+            for each in widths[config.qk_norm]
+        )
         self.position = position.layer(config.num_attention_heads, dim)
 
     def forward(
@@ -127,28 +55,38 @@ class Attention(nn.Module):
         source: LayerSource,
     ) -> Float[Tensor, "batch queries width"]:
         """Attend within documents; the last `num_queries` of x are queries, all of it keys."""
-        q, k, v = (
-            rearrange(
-                projection(x), "batch seq (heads dim) -> batch seq heads dim", dim=self.head_dim
-            )
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q = self.heads(self.q_proj(x), self.q_norm)
+        k = self.heads(self.k_proj(x), self.k_norm)
+        v = self.heads(self.v_proj(x))
         q, k = self.position(q, k, view.code)
         kernel: Any = self._kernel
         out = source.attend(q[:, -num_queries:], k, v, view.mask, kernel)
         return self.o_proj(rearrange(out, "batch seq heads dim -> batch seq (heads dim)"))
 
+    def heads(
+        self, x: Float[Tensor, "batch seq features"], norm: nn.RMSNorm | None = None
+    ) -> Float[Tensor, "batch seq heads head_dim"]:
+        """Divide features among heads, normalised before, over as many as the norm has weights."""
+        if norm is not None:
+            x = norm(x.unflatten(-1, (-1, *norm.normalized_shape))).flatten(-2)
+        return rearrange(x, "batch seq (heads dim) -> batch seq heads dim", dim=self.head_dim)
+
     @torch.compiler.disable  # a graph for every layout of documents: their sizes are guarded on
     def _kernel(self, q: Heads, k: KVHeads, v: Values, mask: Any) -> Tensor:
         """The scale is the content head's, also where the scheme widens q and k."""
-        return self.backend.attend(q, k, v, mask, self.head_dim**-0.5)
+        return self.backend.attend(q, k, v, mask, self.scale)
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+"""By Hugging Face's hidden_act."""
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+    """SwiGLU, or GeGLU, by hidden_act (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
@@ -161,18 +99,37 @@ class MLP(nn.Module):
         self, gate: Float[Tensor, "batch seq inner"], up: Float[Tensor, "batch seq inner"]
     ) -> Float[Tensor, "batch seq width"]:
         """Second half of the map; what it keeps for backward can be computed again from both."""
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(self.activation(gate) * up)
+
+
+NORMS = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+"""Hugging Face's names of the norms before and after attention, and before and after the MLP."""
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Attention and MLP, each added to the residual stream; norm_placement says what is normed."""
 
     def __init__(self, config: LlamaConfig, position: PositionScheme, backend: AttentionBackend):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norms = NORMS[config.norm_placement]
+        # the order of parameters decides how gradient norms are summed
+        self._add_norms(self.norms[:1], config)
         self.self_attn = Attention(config, position, backend)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._add_norms(self.norms[1:], config)
         self.mlp = MLP(config)
+
+    def _add_norms(self, names: Sequence[str | None], config: LlamaConfig) -> None:
+        for name in filter(None, names):
+            self.add_module(name, nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
 
     def forward(
         self,
@@ -181,9 +138,14 @@ class Block(nn.Module):
         source: LayerSource,
     ) -> Float[Tensor, "batch seq width"]:
         """One layer; `view` is that of its kind."""
-        inputs = self.input_layernorm(source.inputs(x))
-        x = x + self.self_attn(inputs, x.shape[1], view, source)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        inputs = self.normed(0, source.inputs(x))
+        x = x + self.normed(1, self.self_attn(inputs, x.shape[1], view, source))
+        return x + self.normed(3, self.mlp(self.normed(2, x)))
+
+    def normed(self, number: int, x: Tensor) -> Tensor:
+        """Apply a norm of `norms`, where there is one."""
+        name = self.norms[number]
+        return x if name is None else getattr(self, name)(x)
 
 
 class Decoder(nn.Module):
@@ -196,6 +158,12 @@ class Decoder(nn.Module):
             Block(config, layers.position_of(i), backend) for i in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.embedding_scale = config.hidden_size**0.5 if config.scale_embeddings else None
+
+    def embedded(self, ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq width"]:
+        """Embeddings of tokens, what the first block reads."""
+        x = self.embed_tokens(ids)
+        return x * self.embedding_scale if self.embedding_scale else x
 
 
 class Llama(nn.Module):
@@ -204,7 +172,7 @@ class Llama(nn.Module):
     def __init__(
         self,
         config: LlamaConfig,
-        position: PositionScheme | Layers,
+        position: PositionScheme | LayerPattern | Layers,
         attn_implementation: AttnImplementation = "auto",
     ) -> None:
         super().__init__()
@@ -233,7 +201,7 @@ class Llama(nn.Module):
     def hidden(self, batch: Batch, source: KeySource = OWN) -> Float[Tensor, "batch seq width"]:
         """Final hidden states, after the last norm; `source` says where keys and values are."""
         views = source.views(batch, self.layers.kinds, self.backend, self.config.head_width)
-        x = self.model.embed_tokens(batch.input_ids)
+        x = self.model.embedded(batch.input_ids)
         for i, block in enumerate(self.model.layers):
             x = block(x, views[self.layers.kind_of[i]], source.layer(i))
         source.advance(batch)
@@ -277,17 +245,21 @@ class Llama(nn.Module):
 
 
 def layers_of(
-    position: PositionScheme | Layers, config: LlamaConfig, source: InheritedSettings | None = None
+    position: PositionScheme | LayerPattern | Layers,
+    config: LlamaConfig,
+    source: InheritedSettings | None = None,
 ) -> Layers:
     """Return a model's layers, resolved; ValueError if not as many as its config says.
 
     Args:
-        position: One scheme for all layers, or the layers; fields may be open.
+        position: One scheme for all layers, a pattern of them, or the layers; fields may be open.
         config: The model's shape.
         source: What says the values that are open; default: the config.
     """
     if isinstance(position, PositionScheme):
         position = Layers.uniform(position, config.num_hidden_layers)
+    if isinstance(position, LayerPattern):
+        position = position.over(config.num_hidden_layers)
     if len(position.kind_of) != config.num_hidden_layers:
         raise ValueError(
             f"kind_of names {len(position.kind_of)} layers; the config has "

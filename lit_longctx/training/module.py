@@ -23,6 +23,7 @@ from lit_longctx.data.tokens.opening import check_tokenizer
 from lit_longctx.model import Llama, LlamaConfig, layers_of
 from lit_longctx.model.attention import AttnImplementation
 from lit_longctx.model.keys import OWN, KeySource
+from lit_longctx.model.layers import LayerPattern
 from lit_longctx.model.memory import Memory
 from lit_longctx.position import PositionScheme, RoPE
 from lit_longctx.training import parallel
@@ -45,8 +46,9 @@ class LanguageModule(HeldOutValidation, ABC):
     Args:
         checkpoint: Hugging Face folder or run folder to start from.
         config: Shape of a model with random weights, in place of a checkpoint.
-        position: Position scheme; theta and original_context that it leaves open are the
-            checkpoint's. Default: the checkpoint's, or RoPE.
+        position: Position scheme of all layers, or a pattern of kinds of layers: `layers`, their
+            names in order, and `kinds`, scheme and window of each name. theta and original_context
+            that are left open are the checkpoint's. Default: the checkpoint's, or RoPE.
         attn_implementation: Attention back end; `auto`: varlen on CUDA in bf16 or fp16, else sdpa.
         learning_rate: Peak learning rate of AdamW.
         schedule: Learning rate by step.
@@ -72,7 +74,7 @@ class LanguageModule(HeldOutValidation, ABC):
         self,
         checkpoint: str | None = None,
         config: LlamaConfig | None = None,
-        position: PositionScheme | None = None,
+        position: PositionScheme | LayerPattern | None = None,
         attn_implementation: AttnImplementation = "auto",
         learning_rate: float = 2e-5,
         schedule: Schedule = WarmupCosine(),
@@ -195,9 +197,9 @@ class LanguageModule(HeldOutValidation, ABC):
         )
         print(f"position: {before}{self.layers}")
         if self.start is not None and fresh:
-            print(
-                f"model: {len(fresh)} weights of {type(self.layers.position).__name__} start anew"
-            )
+            layers = {int(name.split(".")[2]) for name in fresh}
+            names = sorted({type(self.layers.position_of(i)).__name__ for i in layers})
+            print(f"model: {len(fresh)} weights of {', '.join(names)} start anew")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer; matrices decay, vectors (norms, biases) do not."""
