@@ -22,6 +22,8 @@ from lit_longctx.evaluation.evaluate import evaluate
 from lit_longctx.evaluation.loss.held_out import LossRows
 from lit_longctx.evaluation.retrieval.grid import Grid
 from lit_longctx.generate import generate_text
+from lit_longctx.model import LlamaConfig
+from lit_longctx.model.layers import LayerKind, LayerPattern
 from lit_longctx.training import checkpoints, module, parallel, probes, schedule
 
 QUALIFIED = re.compile(r"\b(?:\w+\.)+(?=\w)")
@@ -35,7 +37,9 @@ SECTIONS: dict[str, list[Callable[..., Any]]] = {
         each
         for each in SCHEMES
         if inspect.isclass(each) and not inspect.isabstract(each) and each is not position.Rotary
-    ],
+    ]
+    + [LayerPattern, LayerKind],
+    "fit: `model.config`": [LlamaConfig],
     "fit: `model.schedule`": [
         schedule.WarmupCosine,
         schedule.WarmupLinear,

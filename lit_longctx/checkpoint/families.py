@@ -152,7 +152,7 @@ def olmo3_local(config: Config) -> float:
     """Return the base of OLMo 3's sliding layers in the old form of config.json."""
     if (theta := config.get("rope_theta") or 5e5) != 5e5:
         raise ValueError(
-            f"rope_theta is {theta}, which transformers 5 ignores in sliding layers and 4 does not; "
+            f"rope_theta is {theta}, which transformers 5 ignores in sliding layers, but 4 heeds; "
             "give rope_parameters by type of layer"
         )
     return theta

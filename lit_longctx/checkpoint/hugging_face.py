@@ -131,6 +131,7 @@ def _config_of(name: str, llama: Llama, context: int, dtype: torch.dtype) -> dic
         ) from None
     return {
         "architectures": [family.architecture],
+        **({} if name == "llama" else {"pad_token_id": None}),  # others have one by default
         **shape,
         "model_type": name,
         **{key: value for key, value in family.shape.items() if key == "attention_bias"},
