@@ -51,7 +51,7 @@ ROPES = {
 
 def read(folder, config):
     (folder / "config.json").write_text(json.dumps({**BASE, **config}))
-    return read_config(folder)[1]
+    return read_config(folder)[1].position
 
 
 def assert_same_as_transformers(folder, position):
