@@ -59,7 +59,9 @@ def question_or_verdict(prompt):
     mark = hashlib.sha256(prompt.encode()).hexdigest()[:8]
     if "Proposed answer:" in prompt:
         return f"Reason {mark}. <verdict>yes</verdict>"
-    return f"<question>What is {mark}?</question><answer>It is {mark}.</answer>"
+    town = re.search(r"town\d+x", prompt)  # half of the answer's words must be the document's
+    answer = f"It is {mark} of {town[0]}." if town else f"It is {mark}."
+    return f"<question>What is {mark}?</question><answer>{answer}</answer>"
 
 
 class Listener(ThreadingHTTPServer):
@@ -541,7 +543,8 @@ def test_a_checkpoint_continues_the_prompt_as_its_chat_template_has_it(checkpoin
         ].tolist()
         until = new.index(257) if 257 in new else len(new)
         text = bytes(i for i in new[:until] if i < 256).decode(errors="replace")
-        assert model.complete("Who?", seed) == Reply(text, len(ids), min(until + 1, 24))
+        expected = Reply(text, len(ids), min(until + 1, 24), cut=until == 24)
+        assert model.complete("Who?", seed) == expected
         lengths.add(until)
     assert len(lengths) > 1  # some replies end before the limit
 

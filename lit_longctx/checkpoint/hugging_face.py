@@ -51,11 +51,14 @@ def _shape(family: Family, name: str, config: dict[str, Any]) -> LlamaConfig:
             raise ValueError(f"key {key} {config[key]} cannot be represented; expected {value}")
     told = {f.name for f in fields(LlamaConfig)} - family.fixed.keys()
     open_ids = TOKENS if name != "llama" else ()
-    given = {k: v for k, v in config.items() if k in told and (v is not None or k in open_ids)}
+    given: dict[str, Any] = {
+        k: v for k, v in config.items() if k in told and (v is not None or k in open_ids)
+    }
     for key in TOKENS:
         if isinstance(given.get(key), list):  # Llama 3.1 has several ends; the text's is the first
             given[key] = next(iter(given[key]), None)
-    return LlamaConfig(**given | family.fixed | {"model_type": name})
+    shape: dict[str, Any] = {**given, **family.fixed, "model_type": name}
+    return LlamaConfig(**shape)
 
 
 def _layers(family: Family, config: dict[str, Any]) -> Layers:

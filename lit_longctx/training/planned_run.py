@@ -12,7 +12,7 @@ from lit_longctx.checkpoint import open_checkpoint
 from lit_longctx.data.sampling.stages import ENDLESS, Stage
 from lit_longctx.data.store.data_manifest import Manifest, SplitInfo
 from lit_longctx.model import LlamaConfig, layers_of
-from lit_longctx.model.layers import Layers
+from lit_longctx.model.layers import LayerKind, LayerPattern, Layers
 from lit_longctx.position import RoPE
 from lit_longctx.training import estimate
 from lit_longctx.training.estimate import DoesNotFit, Lengths, Workload
@@ -80,7 +80,7 @@ def read_run(options: Any, settings: PlanSettings) -> RunPlan:
     replicas = strategy.get("replicate_size", 1)
     for name, value in (("context_parallel_size", size), ("replicate_size", replicas)):
         if processes % value:
-            raise ValueError(f"{processes} devices do not divide by {name} {value}; set --gpus")
+            raise ValueError(f"{processes} processes do not divide by {name} {value}")
     levers = Levers(
         model.recompute,
         model.offload,
@@ -114,7 +114,8 @@ def _shape(model: Any, name: str | None) -> tuple[LlamaConfig, Layers]:
     checkpoint = model.checkpoint
     if checkpoint is not None and Path(checkpoint).exists():
         start = open_checkpoint(checkpoint)
-        return start.config, start.layers
+        given = model.position and model.position.get("layers")
+        return start.config, _layers(model.position, start.config) if given else start.layers
     config = None
     if model.config is not None:
         config = LlamaConfig(**model.config.as_dict())
@@ -125,7 +126,15 @@ def _shape(model: Any, name: str | None) -> tuple[LlamaConfig, Layers]:
         )
     elif (config := SHAPES.get(name)) is None:
         raise UnknownShape(f"shape {name!r} unknown; expected one of {', '.join(SHAPES)}")
-    return config, layers_of(RoPE(), config)
+    return config, _layers(model.position, config)
+
+
+def _layers(position: Any, config: LlamaConfig) -> Layers:
+    """Return layers that have the windows of a config's pattern; schemes cost the same."""
+    if not (position and position.get("layers")):
+        return layers_of(RoPE(), config)
+    kinds = {name: LayerKind(RoPE(), kind.window) for name, kind in position.kinds.items()}
+    return layers_of(LayerPattern(position.layers, kinds), config)
 
 
 def _stage(given: Any) -> Stage:

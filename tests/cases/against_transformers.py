@@ -27,7 +27,8 @@ def same_positions(folder: Path, *refused: str) -> None:
     if found is None:
         assert any(name in refusal for name in refused), refusal
         return
-    config, position = found
+    config, layers = found
+    position = layers.position
     assert isinstance(position, Rotary)
     theirs = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(folder))
     torch.testing.assert_close(

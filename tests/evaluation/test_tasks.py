@@ -412,6 +412,10 @@ SECRETS = {
     "variable_tracking": "GOKUZ",
     "frequent_words": "nesopu",
     "key_values": "88",
+    "helmet_json_kv": "2c7502c8-e8f8-47ac-bf3d-df9e798b473c",
+    "helmet_niah_mk_2": "1244082",
+    "helmet_niah_mk_3": "e5aaddfc-b04a-4da7-91f4-7c18bf8bc1ad",
+    "helmet_niah_mv": "7997727",
 }
 
 
