@@ -74,12 +74,15 @@ def test_one_document_per_row(name):
     torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("new", [1, 5])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_more_keys_than_queries(name):
-    queries, keys = one_document(2, 5), one_document(2, 30)
-    q, k, v = heads(2, 5, 4, 8), heads(2, 30, 2, 8), heads(2, 30, 2, 8)
+def test_more_keys_than_queries(name, new, gradient):
+    queries, keys = one_document(2, new), one_document(2, 30)
+    q, k, v = heads(2, new, 4, 8), heads(2, 30, 2, 8), heads(2, 30, 2, 8)
     backend = attention_backend(name)
-    out = backend.attend(q, k, v, backend.prepare(queries, keys), 0.5)
+    with torch.set_grad_enabled(gradient):
+        out = backend.attend(q, k, v, backend.prepare(queries, keys), 0.5)
     expected = by_hand(q, k, v, queries.ids, keys.ids, 0.5)
     torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
 
@@ -105,6 +108,19 @@ def test_a_sliding_window(name, together, window, monkeypatch):
         out = backend.attend(q, k, v, backend.prepare(queries, keys, window), 0.5)
         expected = by_hand(q, k, v, queries.ids, keys.ids, 0.5, window)
         torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+
+
+def test_a_mask_that_was_made_without_gradient_serves_a_pass_with_one():
+    queries, keys = one_document(1, 5), one_document(1, 30)
+    with torch.no_grad():
+        mask = SDPA().prepare(queries, keys)
+    inputs = [heads(1, n, 2, 8).requires_grad_() for n in (5, 30, 30)]
+    expected = by_hand(*inputs, queries.ids, keys.ids, 0.5).square().sum()
+    found = SDPA().attend(*inputs, mask, 0.5).square().sum()
+    for ours, theirs in zip(
+        *(torch.autograd.grad(x, inputs) for x in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs.to(ours.dtype))
 
 
 def test_gradients_of_a_sliding_window(monkeypatch):

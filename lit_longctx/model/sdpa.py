@@ -173,6 +173,8 @@ class SDPA(AttentionBackend):
         """Attend row by row, or stretch by stretch when rows are packed."""
         value_dim = v.shape[-1]
         v = widen(v, q.shape[-1])
+        if mask is Unmasked.NEW and torch.is_grad_enabled():  # prepared for a pass without
+            mask = aligned(q.shape[1], k.shape[1], q.device)
         if mask is Unmasked.NEW:
             out = _past_and_new(q, k, v, scale)
         elif not isinstance(mask, Segments):

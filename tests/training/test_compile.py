@@ -18,7 +18,7 @@ CONFIG = LlamaConfig(61, 32, 48, 3, 4, 2)
 LAYOUTS = 14
 
 
-def compile_layouts(recompute: Recompute) -> None:
+def compile_layouts(recompute: Recompute, tile: int | None, graphs: int) -> None:
     """Whole rows, long documents, many short ones; the losses are those of plain blocks."""
     torch.manual_seed(0)
     counter = CompileCounter()
@@ -26,7 +26,7 @@ def compile_layouts(recompute: Recompute) -> None:
     plain, compiled = Llama(CONFIG, RoPE()), Llama(CONFIG, RoPE())
     compiled.load_state_dict(plain.state_dict())
     parallel.apply_compile(compiled)
-    apply_levers(compiled, recompute)
+    apply_levers(compiled, recompute, mlp_tile_tokens=tile)
     counts = []
     for layout in range(LAYOUTS):
         windows = torch.randint(2, CONFIG.vocab_size, (2, 257))
@@ -36,17 +36,26 @@ def compile_layouts(recompute: Recompute) -> None:
         loss.backward()
         assert float(loss.detach()) == pytest.approx(float(plain.loss(batch)[0].detach()), rel=1e-6)
         counts.append(counter.frame_count)
-    assert counts == [4] * LAYOUTS, counts
+    assert counts == [graphs] * LAYOUTS, counts
 
 
 @pytest.mark.parametrize(
-    "recompute", ["elementwise", pytest.param("block", marks=pytest.mark.slow)]
+    ("recompute", "tile", "graphs"),
+    [
+        ("elementwise", None, 4),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("block", None, 4), ("attention_kept", None, 4), ("block", 64, 5))
+        ),
+    ],
 )
-def test_fourteen_layouts_and_all_layers_share_four_graphs(recompute: Recompute):
+def test_fourteen_layouts_and_all_layers_share_few_graphs(
+    recompute: Recompute, tile: int | None, graphs: int
+):
     """In a process of its own: checks of shapes in annotations would be compiled too."""
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(runs.PRELOADED)
-    process = forks.Process(target=compile_layouts, args=(recompute,))
+    process = forks.Process(target=compile_layouts, args=(recompute, tile, graphs))
     process.start()
     process.join(runs.TIMEOUT)
     assert process.exitcode == 0
