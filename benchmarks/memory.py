@@ -3,6 +3,7 @@
     python benchmarks/memory.py            # minutes on a CPU: nothing is trained, no GPU is needed
     python benchmarks/memory.py --claims   # Llama-3-8B on 8 GPUs alone
     python benchmarks/memory.py --figure docs/memory.png
+    python benchmarks/memory.py --recipes  # from the repository's root: the configs for GPUs
 
 The counts are those of `lit_longctx plan` (lit_longctx/training/estimate.py). See docs/memory.md
 for what is assumed.
@@ -16,9 +17,17 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lit_longctx.training.estimate import MemoryByKind, Workload, longest_window, memory_by_kind
+from lit_longctx.training.estimate import (
+    MemoryByKind,
+    Workload,
+    flops_per_token,
+    longest_window,
+    memory_by_kind,
+)
 from lit_longctx.training.hardware import GIB, HARDWARE, SHAPES
 from lit_longctx.training.memory_count import Levers
+from lit_longctx.training.plan import options_given, options_of
+from lit_longctx.training.planned_run import read_run
 
 LENGTHS = [2**n for n in range(15, 21)]
 TILE = 4096
@@ -133,11 +142,32 @@ def figure(file: Path) -> None:
     drawn.savefig(file, dpi=150)
 
 
+def recipes() -> None:
+    """Print what every recipe for GPUs takes on the hardware that its own plan names."""
+    print("| config | GPUs | window | GiB of 80 | seconds per step | days |\n" + "|---" * 6 + "|")
+    for file in sorted(Path("config").glob("*.yaml")):
+        if "\nplan:" not in file.read_text():
+            continue
+        options = options_given(["--config", str(file)])
+        run = read_run(options, options_of(options.plan))
+        for stage, work in zip(run.stages, run.works, strict=True):
+            needed = memory_by_kind(work, H100.reserved).device / GIB
+            flops = flops_per_token(work, run.layers) * stage.batch_tokens
+            assert H100.flops
+            seconds = flops / (H100.flops * H100.efficiency * work.processes)
+            cells = [file.stem, str(work.processes), f"{stage.window:,}", f"{needed:.1f}"]
+            cells += [f"{seconds:,.1f}", f"{seconds * stage.steps / 86_400:,.2f}"]
+            print("| " + " | ".join(cells) + " |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="how long a row fits")
     parser.add_argument("--claims", action="store_true", help="Llama-3-8B on 8 GPUs alone")
     parser.add_argument("--figure", type=Path, help="draw Llama-3-8B on 8 GPUs to this file")
+    parser.add_argument("--recipes", action="store_true", help="what the recipes of config/ take")
     arguments = parser.parse_args()
+    if arguments.recipes:
+        return recipes()
     if arguments.figure:
         return figure(arguments.figure)
     claims()

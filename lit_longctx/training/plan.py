@@ -53,9 +53,7 @@ def plan(arguments: Sequence[str]) -> None:
     own, rest = parser.parse_known_args(arguments)
     if own.config is None:
         raise ValueError("plan needs --config, a config of lit_longctx fit such as abf_32k.yaml")
-    quiet()
-    run_cli(["fit", "--config", own.config, *rest], Watchdog(), Parsed)
-    options = Parsed.parsed
+    options = options_given(["--config", own.config, *rest])
     given = {n: v for n in ("shape", "hardware", "gpus") if (v := getattr(own, n)) is not None}
     run = read_run(options, replace(options_of(options.plan), **given))
     sources = options.data.init_args.sources
@@ -66,6 +64,13 @@ def plan(arguments: Sequence[str]) -> None:
         print("\n".join(solved(run, own.solve)))
     else:
         check_fits(run)
+
+
+def options_given(arguments: Sequence[str]) -> Any:
+    """Return the options of `fit` that these arguments give; nothing is built."""
+    quiet()
+    run_cli(["fit", *arguments], Watchdog(), Parsed)
+    return Parsed.parsed
 
 
 class Parsed(CLI):
