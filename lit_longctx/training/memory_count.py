@@ -23,6 +23,7 @@ from lit_longctx.batch import Batch, Documents, one_document
 from lit_longctx.context_parallel import ContextParallelName, Ulysses, Zigzag, collectives
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.model.backend import AttentionBackend
+from lit_longctx.model.head import rows_at_once
 from lit_longctx.model.kernels import VarlenMask
 from lit_longctx.model.keys import OWN, KeySource, View
 from lit_longctx.position import RoPE
@@ -107,7 +108,8 @@ def count_row(
     for block in llama.model.layers:
         _reduce_gradients(list(block.parameters()))
     copies = _Counted()
-    counted = LiveBytes(llama.parameters())
+    chunk = levers.head_chunk_tokens or rows_at_once(llama.head_weight)
+    counted = LiveBytes(llama.parameters(), 2 * chunk)
     stand_in = patch.object(offload, "Copies", copies.same)
     with ExitStack() as stack:
         batch, source = stack.enter_context(_divided(tokens, levers, rows, without_data))
@@ -150,10 +152,12 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         weights: Tensors that are not counted, and neither are views of them.
+        targets: Most targets that the head is shown; more chunks of logits need no more memory.
     """
 
-    def __init__(self, weights: Iterable[Tensor] = ()) -> None:
+    def __init__(self, weights: Iterable[Tensor] = (), targets: int | None = None) -> None:
         super().__init__()
+        self.targets = targets
         self.live = 0
         self.most = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -162,7 +166,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call an operator and note what it returns; every token has a target."""
         if func is torch.ops.aten.nonzero.default:  # of unknown size on the meta device
-            return torch.arange(len(args[0]), device=args[0].device).unsqueeze(1)
+            found = torch.arange(len(args[0]), device=args[0].device)
+            self._note(found.untyped_storage())
+            return found[: self.targets].unsqueeze(1)
         found = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):
             if isinstance(tensor, Tensor):
