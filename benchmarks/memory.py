@@ -127,18 +127,19 @@ def claims() -> None:
 
 def figure(file: Path) -> None:
     """Draw memory against the row's length, a line per lever: Llama-3-8B on 8 GPUs."""
-    drawn = Figure(figsize=(7, 4.5), layout="constrained")
+    drawn = Figure(figsize=(9.5, 4.5), layout="constrained")
     axes = drawn.subplots()
     for levers, name in NAMES.items():
         if levers.context_parallel_size <= 8:
             lengths = [2**n for n in range(13, 22)]
             gib = [memory("Llama-3-8B", 8, levers, n).device / GIB for n in lengths]
-            axes.plot(lengths, gib, marker=".", label=name.replace("`", ""))
-    axes.axhline(H100.bytes / GIB, color="black", linestyle="--", label="80 GiB")
+            style = "-" if levers.context_parallel_size == 1 else "--"
+            axes.plot(lengths, gib, style, marker=".", label=name.replace("`", ""))
+    axes.axhline(H100.bytes / GIB, color="black", linewidth=1)
     axes.set(xscale="log", ylim=(0, 160), xlabel="tokens of a row", ylabel="GiB per GPU")
     axes.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
     axes.set_xticks([], minor=True)
-    axes.legend(fontsize=6)
+    drawn.legend(loc="outside right upper", fontsize=7)
     drawn.savefig(file, dpi=150)
 
 
