@@ -206,29 +206,34 @@ def bound(work: Workload) -> float:
 # ---- longest window, fewest devices
 
 
+def needed(work: Workload, hardware: Hardware) -> float:
+    """Return the bytes of a step that are on a device; a CPU holds what is offloaded too."""
+    memory = memory_by_kind(work, hardware.reserved)
+    return memory.device + (memory.host if hardware.is_cpu else 0.0)
+
+
 def fits(work: Workload, hardware: Hardware) -> bool:
     """Whether a device holds a step."""
-    return memory_by_kind(work, hardware.reserved).device <= hardware.bytes
+    return needed(work, hardware) <= hardware.bytes
 
 
 def longest_window(work: Workload, hardware: Hardware) -> int:
     """Return the tokens of the longest row that fits, one in a micro-batch; 0: not even 256 do."""
     unit = 256 * work.levers.context_parallel_size
-    room = hardware.bytes - hardware.reserved
+    room = hardware.bytes
 
-    def needed(number: int) -> float:
+    def row(number: int) -> float:
         window = number * unit
         batch = max(window, work.batch_tokens)
-        step = replace(work, window=window, batch_tokens=batch, rows=1)
-        return memory_by_kind(step).device
+        return needed(replace(work, window=window, batch_tokens=batch, rows=1), hardware)
 
     low, high = 0, 64
-    while needed(high) <= room:
+    while row(high) <= room:
         low, high = high, 2 * high
     if not low:
-        return bisect_right(range(high), room, lo=1, key=needed) * unit - unit
+        return bisect_right(range(high), room, lo=1, key=row) * unit - unit
     while True:  # what is needed is convex in the window: a chord never promises too much
-        at_low, at_high = needed(low), needed(high)
+        at_low, at_high = row(low), row(high)
         further = int((room - at_low) / (at_high - at_low) * (high - low))
         if further <= low // 100:
             return (low + further) * unit

@@ -61,14 +61,22 @@ class RunPlan:
 
 # ---- a config
 
+MODEL_OPTIONS = """checkpoint config position compute_dtype recompute offload mlp_tile_tokens
+head_chunk_tokens optimizer cpu_offload"""
+DATA_OPTIONS = "sources window batch_tokens micro_batch_size"
+
 
 def read_run(options: Any, settings: PlanSettings) -> RunPlan:
     """Return the run that parsed options of `fit` describe; nothing of it is built.
 
     Raises:
-        UnknownShape: There is no checkpoint and no shape.
+        UnknownShape: There is no checkpoint and no shape, or a class of the user's own decides.
     """
     model, data, trainer = options.model.init_args, options.data.init_args, options.trainer
+    for given, names in ((model, MODEL_OPTIONS), (data, DATA_OPTIONS)):
+        for name in names.split():
+            if name not in given:
+                raise UnknownShape(f"a class of yours has no option {name}, which plan needs")
     config, layers = _shape(model, settings.shape)
     hardware = named_hardware(settings.hardware)
     run = Stage(ENDLESS, data.window, data.batch_tokens, data.micro_batch_size, None)
@@ -240,7 +248,7 @@ def check_fits(run: RunPlan, otherwise: str = "") -> None:
         otherwise: Said at the end of the message.
     """
     for number, work in enumerate(run.works):
-        needed = estimate.memory_by_kind(work, run.hardware.reserved).device
+        needed = estimate.needed(work, run.hardware)
         if needed <= run.hardware.bytes:
             continue
         stage = f"stage {number + 1}, " if len(run.works) > 1 else ""
