@@ -89,10 +89,17 @@ OWN_SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 CASES = [
-    pytest.param(family, shape, given, id=f"{family}, {shape}")
+    pytest.param(
+        family,
+        shape,
+        given,
+        id=f"{family}, {shape}",
+        marks=[pytest.mark.slow] if number else [],
+    )
     for family, own in OWN_SHAPES.items()
-    for shape, given in {**SHAPES, **own}.items()
+    for number, (shape, given) in enumerate({**own, **SHAPES}.items())
 ]
+"""Of each family, the first shape is its own if it has one; the others are slow tests."""
 
 
 def tokens(length: int) -> Tensor:

@@ -71,6 +71,17 @@ SCHEMES = [
     TransformerXL(100.0, distance_dim=8),
 ]
 every_scheme = pytest.mark.parametrize("position", SCHEMES, ids=lambda p: type(p).__name__)
+kinds_of_schemes = pytest.mark.parametrize(
+    "position",
+    [
+        scheme
+        if isinstance(scheme, DynamicNTK | TransformerXL)
+        else pytest.param(scheme, marks=pytest.mark.slow)
+        for scheme in SCHEMES
+    ],
+    ids=lambda p: type(p).__name__,
+)
+"""One whose keys depend on the length and one that is not rotary; the others are slow tests."""
 
 
 def model(
@@ -119,7 +130,7 @@ def test_cached_greedy_is_the_argmax_of_reading_everything_again(position: Posit
     assert all(len(row[5:].unique()) > 5 for row in found)  # no repetition that anything could do
 
 
-@every_scheme
+@kinds_of_schemes
 def test_prompts_of_different_lengths_go_on_as_each_would_alone(position: PositionScheme):
     llama, given = model(position), ragged()
     for prompt, found in zip(given, decoded(llama, given, NEW), strict=True):
@@ -138,7 +149,7 @@ def test_flex_attention_serves_prompts_of_different_lengths_in_chunks(position: 
         assert_greedy(plain, row[None], len(prompt))
 
 
-@every_scheme
+@kinds_of_schemes
 @pytest.mark.parametrize("prefill_tokens", [pytest.param(1, marks=pytest.mark.slow), 12, 30])
 def test_reading_the_prompt_in_chunks_changes_nothing(
     position: PositionScheme, prefill_tokens: int

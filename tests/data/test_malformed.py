@@ -273,7 +273,9 @@ BIG = {
 
 
 @LINUX
-@pytest.mark.parametrize("name", BIG)
+@pytest.mark.parametrize(
+    "name", [n if i < 2 else pytest.param(n, marks=pytest.mark.slow) for i, n in enumerate(BIG)]
+)
 def test_memory_is_bounded_by_the_largest_document(tmp_path, name):
     """The cap is 32 MiB. Twice is what JSON needs: the line as a str, and the text in it.
 

@@ -183,6 +183,7 @@ def test_long_shares_are_those_of_the_threshold(sources, tmp_path, threshold):
             assert report["sources"][name][f"long_{when}"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_source_at_a_url_is_copied_whole(sources, tmp_path):
     remote = {name: f"local:{folder}" for name, folder in sources.items()}
     mix(remote, str(tmp_path / "mix"), Upsampling("none"))

@@ -410,6 +410,7 @@ def test_interleaving_joins_training_documents_and_leaves_held_out_ones_alone(tm
     assert manifest.read(joined)["settings"]["interleave"] == config["interleave"]
 
 
+@pytest.mark.slow
 def test_the_filter_keeps_what_scores_and_reports(tmp_path, capsys):
     checkpoint = tmp_path / "scorer"
     torch.manual_seed(0)

@@ -158,7 +158,9 @@ def test_500_steps_are_one_sequence_on_1_2_4_processes_with_0_1_2_workers(folder
             assert long_run(folder, ranks, num_workers, packing) == expected, (ranks, num_workers)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("micro_batch_size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_ranks_workers_and_micro_batches_read_the_same(

@@ -179,6 +179,7 @@ def test_default_cache_is_named_by_the_environment(uploaded, cache, monkeypatch)
     assert ObjectStorage().root == Path.home() / ".cache/lit_longctx/chunks"
 
 
+@pytest.mark.slow
 def test_files_on_disk_stay_within_the_bound(uploaded, local, cache, monkeypatch):
     storage = of(cache, 7)
     largest = []
@@ -260,6 +261,7 @@ def test_a_file_larger_than_the_cache_is_refused_with_the_cure(uploaded, cache):
         Windows(URL, "train", 256, small).files.open("train/chunk-0-1.bin")
 
 
+@pytest.mark.slow
 def test_a_cache_of_one_chunk_is_slow_but_right(uploaded, local, cache):
     windows = Windows(URL, "train", 768, of(cache, 1))
     assert everything(windows) == everything(Windows(local, "train", 768))
@@ -518,7 +520,7 @@ def steps(folder, workers):
     ]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_pretraining_reads_the_same_batches(uploaded, local, cache, workers, monkeypatch):
     monkeypatch.setenv("LIT_LONGCTX_CACHE", str(cache))
     assert steps(URL, workers) == steps(local, 0)

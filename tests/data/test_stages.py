@@ -61,7 +61,8 @@ def test_every_stage_has_its_own_window_batch_and_mix(reference):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "num_workers"), [(2, 0), pytest.param(4, 0, marks=pytest.mark.slow), (1, 2), (2, 1)]
+    ("ranks", "num_workers"),
+    [*(pytest.param(*each, marks=pytest.mark.slow) for each in ((2, 0), (4, 0), (1, 2))), (2, 1)],
 )
 def test_ranks_and_workers_read_the_same(folder, reference, packing, ranks, num_workers):  # noqa: F811
     assert run(folder, ranks, packing=packing, num_workers=num_workers) == reference

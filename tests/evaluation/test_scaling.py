@@ -37,6 +37,7 @@ def test_without_noise_the_law_comes_back(law):
     np.testing.assert_allclose(found, law, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_no_law_near_it_fits_better():
     """Against a slow search over all three parameters, by the same robust loss."""
     generator = np.random.default_rng(0)

@@ -68,6 +68,7 @@ def test_without_a_shape_it_ends_with_2(capsys, tmp_path):
     assert "shape 'gpt' unknown" in err
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_ends_with_3_and_names_what_would(capsys):
     options = "--config", CONFIG / "abf_32k.yaml", "--model.init_args.recompute", "elementwise"
     code, out, err, _ = planned(capsys, *options)
@@ -112,6 +113,7 @@ def test_lengths_and_epochs_are_those_of_the_data(capsys, tmp_path):
     assert float(rows["GFLOPs per token, causal"][0]) < whole / 1e9  # short documents see less
 
 
+@pytest.mark.slow
 def test_fit_refuses_what_does_not_fit_unless_forced(monkeypatch, tmp_path):
     tiny = Hardware("cpu", 2 * 2**20, None, reserved=0)
     monkeypatch.setattr(planned_run, "named_hardware", lambda name: tiny)
