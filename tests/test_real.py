@@ -32,7 +32,7 @@ SCHEMES = ["as it is", "PositionInterpolation", "NTKAware", "YaRN", "RoPE"]
 
 def commands() -> list[list[str]]:
     """Return the arguments of every call of `lit_longctx` in the Makefile's `real`."""
-    made = ["make", "-n", "--old-file", "venv", "--old-file", ".venv/installed", "real"]
+    made = ["make", "-nB", "--old-file", "venv", "--old-file", ".venv/installed", "real"]
     printed = subprocess.run(made, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     lines = printed.replace("\\\n", "").splitlines()
     return [
