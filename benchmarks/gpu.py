@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_map_only
 from lit_longctx.batch import Batch, pack
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.model.attention import AttnImplementation, attention_backend
+from lit_longctx.model.layers import Layers
 from lit_longctx.position import RoPE
 from lit_longctx.training.activations import apply_levers
 from lit_longctx.training.estimate import Workload, longest_window
@@ -178,8 +179,7 @@ def step(cell: Cell, tiny: bool) -> Cell:
     if torch.cuda.is_available():
         found["gib"] = torch.cuda.max_memory_allocated() / 2**30
         if peak := peak_flops(torch.cuda.get_device_name()):
-            layers = Llama(replace(config, num_hidden_layers=1), RoPE()).layers
-            layers = replace(layers, kind_of=layers.kind_of * config.num_hidden_layers)
+            layers = Layers.uniform(RoPE(), config.num_hidden_layers)
             flops = float(model_flops(config, layers, batch).causal)
             found["mfu_causal"] = flops / found["seconds"] / peak
     return found
@@ -220,8 +220,7 @@ def trained(tokens: int, levers: str, tiny: bool) -> bool:
     """Whether two micro-batches of one row and their update fit, as `fit` runs them."""
     config = TINY if tiny else SHAPES["llama3.2-1b"]
     chosen = LEVERS[levers]
-    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
-    shape = {n: getattr(config, n) for n in [*names.split(), "num_key_value_heads", "head_dim"]}
+    shape = asdict(config)
     shape |= {"bos_token_id": 256, "eos_token_id": 257, "tie_word_embeddings": True}
     folder = Path(tempfile.mkdtemp(dir="runs"))
     ran = fit(

@@ -23,6 +23,7 @@ from lit_longctx.training.estimate import (
     flops_per_token,
     longest_window,
     memory_by_kind,
+    seconds_per_step,
 )
 from lit_longctx.training.hardware import GIB, HARDWARE, SHAPES
 from lit_longctx.training.memory_count import Levers
@@ -153,9 +154,9 @@ def recipes() -> None:
         run = read_run(options, options_of(options.plan))
         for stage, work in zip(run.stages, run.works, strict=True):
             needed = memory_by_kind(work, H100.reserved).device / GIB
-            flops = flops_per_token(work, run.layers) * stage.batch_tokens
             assert H100.flops
-            seconds = flops / (H100.flops * H100.efficiency * work.processes)
+            flops = flops_per_token(work, run.layers)
+            seconds = seconds_per_step(work, flops, H100.flops, H100.efficiency)
             cells = [file.stem, str(work.processes), f"{stage.window:,}", f"{needed:.1f}"]
             cells += [f"{seconds:,.1f}", f"{seconds * stage.steps / 86_400:,.2f}"]
             print("| " + " | ".join(cells) + " |", flush=True)

@@ -242,8 +242,15 @@ class Family:
         return {k: v for k, v in PLAIN.items() if k not in self.defaults} | dict(self.shape)
 
 
-QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
-NO_TOKENS = {"bos_token_id": None, "eos_token_id": None}
+QWEN_DEFAULTS = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 OLMO = {"qk_norm": "width", "norm_placement": "after"}
 OLMO_DEFAULTS = {"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279}
 FAMILIES = {
@@ -258,11 +265,7 @@ FAMILIES = {
     "qwen2": Family(
         "Qwen2",
         {"attention_bias": True, "o_proj_bias": False},
-        {
-            **{"num_key_value_heads": 32, "max_position_embeddings": 32_768},
-            **QWEN_WINDOWS,
-            **NO_TOKENS,
-        },
+        QWEN_DEFAULTS,
         types=upper_sliding,
         reads_types=True,
         window_keys=qwen_window_keys,
@@ -270,11 +273,7 @@ FAMILIES = {
     "qwen3": Family(
         "Qwen3",
         {"qk_norm": "head"},
-        {
-            **{"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768},
-            **QWEN_WINDOWS,
-            **NO_TOKENS,
-        },
+        {**QWEN_DEFAULTS, "head_dim": 128},
         types=upper_sliding,
         reads_types=True,
         window_keys=qwen_window_keys,

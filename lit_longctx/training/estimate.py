@@ -116,9 +116,10 @@ def memory_by_kind(work: Workload, reserved: float = 0.0) -> MemoryByKind:
         update = gradients  # torch's foreach: of all at once
     beside, kept = activations(work)
     inputs, several = layers * kept.device, work.micro_batches > 1
+    summed = gradients if several else 0.0
     points: list[tuple[float, float, float, float]] = [
-        (gradients if several else 0.0, gathered, inputs, beside.forward),
-        (gradients if several else 0.0, gathered + reduced, inputs, beside.backward),
+        (summed, gathered, inputs, beside.forward),
+        (summed, gathered + reduced, inputs, beside.backward),
         (
             gradients if several else 4 * (layers - 1) * block / shards,
             gathered + reduced,
@@ -290,6 +291,18 @@ def flops_per_token(work: Workload, layers: Layers, lengths: Lengths | None = No
         for i, kind in enumerate(layers.kinds)
     )
     return 6 * matrix_weights(config) + per_pair * seen
+
+
+def seconds_per_step(work: Workload, flops: float, peak: float, efficiency: float) -> float:
+    """Return the time of a step.
+
+    Args:
+        work: What is computed.
+        flops: Per token, as `flops_per_token` counts them.
+        peak: Of a device, in FLOP/s.
+        efficiency: Share of the peak that is reached.
+    """
+    return work.batch_tokens * flops / (peak * efficiency * work.processes)
 
 
 def busiest_share(work: Workload, lengths: Lengths | None = None) -> float:

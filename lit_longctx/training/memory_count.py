@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast, final
 from unittest.mock import patch
 
@@ -47,6 +47,7 @@ class Levers:
     kv_heads_at_once: int | None = None
 
 
+@lru_cache
 def parameter_counts(config: LlamaConfig) -> tuple[int, int]:
     """Return how many parameters a block has, and how many embedding, head and final norm."""
     with torch.device("meta"):

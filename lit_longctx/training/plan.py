@@ -1,7 +1,7 @@
 """`lit_longctx plan`: memory, FLOPs and time of a config, before anything is loaded."""
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -56,9 +56,8 @@ def plan(arguments: Sequence[str]) -> None:
     options = options_given(["--config", own.config, *rest])
     given = {n: v for n in ("shape", "hardware", "gpus") if (v := getattr(own, n)) is not None}
     run = read_run(options, replace(options_of(options.plan), **given))
-    sources = options.data.init_args.sources
     print(f"plan of {own.config}")
-    for line in report(run, sources, own.efficiency):
+    for line in report(run, own.efficiency):
         print(line, flush=True)
     if own.solve:
         print("\n".join(solved(run, own.solve)))
@@ -111,7 +110,7 @@ def solved(run: RunPlan, what: str) -> Iterator[str]:
 # ---- the report
 
 
-def report(run: RunPlan, sources: Mapping[str, Any], efficiency: float | None) -> Iterator[str]:
+def report(run: RunPlan, efficiency: float | None) -> Iterator[str]:
     """Yield the lines of the plan."""
     work, hardware = run.works[0], run.hardware
     block, root = parameter_counts(run.config)
@@ -129,10 +128,10 @@ def report(run: RunPlan, sources: Mapping[str, Any], efficiency: float | None) -
             ["tokens per step", *(f"{s.batch_tokens:,}" for s in run.stages)],
             ["micro-batches of a process", *(f"{w.micro_batches:,}" for w in run.works)],
             *_memory_rows(memory, device, hardware),
-            *_time_rows(run, sources, peak, efficiency),
+            *_time_rows(run, peak, efficiency),
         ],
     )
-    yield from _epochs(run, sources)
+    yield from _epochs(run)
     moments = estimate.MOMENT_BYTES[work.levers.optimizer]
     saved = parameters * (4 + moments)
     yield f"a checkpoint: {saved / GIB:,.1f} GiB, {saved / DISK:,.0f} s at {DISK / 1e9:g} GB/s"
@@ -179,17 +178,14 @@ def _memory_rows(
         ]
 
 
-def _time_rows(
-    run: RunPlan, sources: Mapping[str, Any], peak: float | None, efficiency: float
-) -> Iterator[list[str]]:
+def _time_rows(run: RunPlan, peak: float | None, efficiency: float) -> Iterator[list[str]]:
     flops, seconds, busiest = [], [], []
     for stage, work in zip(run.stages, run.works, strict=True):
-        lengths = lengths_of(run.sources, shares_of(stage, run, sources))
+        lengths = lengths_of(run.ledgers, shares_of(stage, run))
         flops.append(estimate.flops_per_token(work, run.layers, lengths))
         busiest.append(estimate.busiest_share(work, lengths))
         if peak:
-            rate = peak * efficiency * work.processes
-            seconds.append(stage.batch_tokens * flops[-1] / rate)
+            seconds.append(estimate.seconds_per_step(work, flops[-1], peak, efficiency))
     yield ["GFLOPs per token, causal", *(f"{each / 1e9:,.2f}" for each in flops)]
     if any(each > 1 for each in busiest):
         yield ["attention of the busiest process", *(f"{each:.2f} ×" for each in busiest)]
@@ -202,18 +198,18 @@ def _time_rows(
     yield ["tokens per day", *(f"{each:,.0f}" for each in daily)]
 
 
-def _epochs(run: RunPlan, sources: Mapping[str, Any]) -> Iterator[str]:
+def _epochs(run: RunPlan) -> Iterator[str]:
     """Yield how often each source is read; of what is not there nothing is known."""
-    read = dict.fromkeys(sources, 0.0)
+    read = dict.fromkeys(run.sources, 0.0)
     for stage in run.stages:
-        for name, share in shares_of(stage, run, sources).items():
+        for name, share in shares_of(stage, run).items():
             read[name] += share * stage.steps * stage.batch_tokens
     for name, tokens in read.items():
-        if name in run.sources:
-            share = tokens / max(1, run.sources[name].tokens)
+        if name in run.ledgers:
+            share = tokens / max(1, run.ledgers[name].tokens)
             yield f"source {name}: {tokens:,.0f} tokens, {share:,.2f} epochs"
-    if run.missing:
-        yield f"no data there, epochs unknown: {', '.join(run.missing)}"
+    if missing := [name for name in run.sources if name not in run.ledgers]:
+        yield f"no data there, epochs unknown: {', '.join(missing)}"
 
 
 def _assumptions(run: RunPlan, peak: float | None, efficiency: float) -> Iterator[str]:
@@ -223,7 +219,7 @@ def _assumptions(run: RunPlan, peak: float | None, efficiency: float) -> Iterato
     else:
         measured = "measured now" if hardware.is_cpu else "bfloat16, dense"
         yield f"--efficiency {efficiency:g} of {peak / 1e12:,.2f} TFLOP/s ({measured})"
-    yield "document lengths of the data" if run.sources else "every row is one document"
+    yield "document lengths of the data" if run.ledgers else "every row is one document"
     yield "torch's own kernels of this CPU" if hardware.is_cpu else "FlashAttention 2's memory"
     if not hardware.is_cpu:
         yield f"{hardware.reserved / GIB:g} GiB for CUDA, NCCL and gaps; {NODE} GPUs a host"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,18 @@ class RunPlan:
     works: list[Workload]
     """One for each stage."""
     hardware: Hardware
-    sources: Mapping[str, SplitInfo]
-    """Ledgers of the data that is there, by source."""
-    missing: Sequence[str]
-    """Sources whose folders are not there."""
+    sources: Mapping[str, Any]
+    """The config's sources, by name."""
+
+    @cached_property
+    def ledgers(self) -> dict[str, SplitInfo]:
+        """Training ledgers of the local folders that are there, by source; read when needed."""
+        found = {}
+        for name, source in self.sources.items():
+            folder = Path(source.folder)
+            if (folder / manifest.NAME).is_file():
+                found[name] = Manifest.from_json(manifest.read(folder), folder).splits["train"]
+        return found
 
     @property
     def is_small(self) -> bool:
@@ -114,17 +123,14 @@ def read_run(options: Any, settings: PlanSettings) -> RunPlan:
         )
         for stage in stages
     ]
-    sources, missing = _ledgers(data.sources)
-    return RunPlan(config, layers, stages, works, hardware, sources, missing)
+    return RunPlan(config, layers, stages, works, hardware, data.sources)
 
 
 def _shape(model: Any, name: str | None) -> tuple[LlamaConfig, Layers]:
     checkpoint = model.checkpoint
     if checkpoint is not None and Path(checkpoint).exists():
         start = open_checkpoint(checkpoint)
-        given = model.position and model.position.get("layers")
-        return start.config, _layers(model.position, start.config) if given else start.layers
-    config = None
+        return start.config, _pattern(model.position, start.config) or start.layers
     if model.config is not None:
         config = LlamaConfig(**model.config.as_dict())
     elif name is None:
@@ -134,13 +140,13 @@ def _shape(model: Any, name: str | None) -> tuple[LlamaConfig, Layers]:
         )
     elif (config := SHAPES.get(name)) is None:
         raise UnknownShape(f"shape {name!r} unknown; expected one of {', '.join(SHAPES)}")
-    return config, _layers(model.position, config)
+    return config, _pattern(model.position, config) or layers_of(RoPE(), config)
 
 
-def _layers(position: Any, config: LlamaConfig) -> Layers:
-    """Return layers that have the windows of a config's pattern; schemes cost the same."""
+def _pattern(position: Any, config: LlamaConfig) -> Layers | None:
+    """Return layers with the windows of a config's pattern, if it has one; schemes cost alike."""
     if not (position and position.get("layers")):
-        return layers_of(RoPE(), config)
+        return None
     kinds = {name: LayerKind(RoPE(), kind.window) for name, kind in position.kinds.items()}
     return layers_of(LayerPattern(position.layers, kinds), config)
 
@@ -167,18 +173,6 @@ def _devices(trainer: Any, hardware: Hardware) -> int:
     return int(devices) * int(trainer.num_nodes)
 
 
-def _ledgers(sources: Mapping[str, Any]) -> tuple[dict[str, SplitInfo], list[str]]:
-    """Return the training ledgers of local folders by source, and the sources that have none."""
-    found, missing = {}, []
-    for name, source in sources.items():
-        folder = Path(source.folder)
-        if (folder / manifest.NAME).is_file():
-            found[name] = Manifest.from_json(manifest.read(folder), folder).splits["train"]
-        else:
-            missing.append(name)
-    return found, missing
-
-
 def lengths_of(ledgers: Mapping[str, SplitInfo], shares: Mapping[str, float]) -> Lengths | None:
     """Return document lengths of a mixture, each bucket by its mean; None if nothing is known."""
     found = []
@@ -189,10 +183,10 @@ def lengths_of(ledgers: Mapping[str, SplitInfo], shares: Mapping[str, float]) ->
     return found or None
 
 
-def shares_of(stage: Stage, run: RunPlan, sources: Mapping[str, Any]) -> dict[str, float]:
+def shares_of(stage: Stage, run: RunPlan) -> dict[str, float]:
     """Return the share of a stage's tokens by source, from weights or else from sizes."""
-    given = stage.weights or {n: s.weight for n, s in sources.items() if s.weight is not None}
-    given = given or {name: float(ledger.tokens) for name, ledger in run.sources.items()}
+    given = stage.weights or {n: s.weight for n, s in run.sources.items() if s.weight is not None}
+    given = given or {name: float(ledger.tokens) for name, ledger in run.ledgers.items()}
     total = sum(given.values()) or 1.0
     return {name: value / total for name, value in given.items()}
 
