@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,20 @@ install_import_hook(WITH_SHAPES, "typechecker.check")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--differences", action="store_true", help="print distances to references")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow all but a few of the cases of tests that have `fast_cases`."""
+    cases = defaultdict(list)
+    for item in items:
+        if marker := item.get_closest_marker("fast_cases"):
+            cases[item.nodeid.partition("[")[0], marker.args[0]].append(item)
+    for (_, number), found in cases.items():
+        fast = {i * len(found) // number for i in range(number)}
+        for i, item in enumerate(found):
+            if i not in fast:
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -128,6 +128,7 @@ WARMUP = ["--model.init_args.schedule.init_args.warmup_steps"]
 WINDOW, BATCH_TOKENS = ["--data.init_args.window"], ["--data.init_args.batch_tokens"]
 
 
+@pytest.mark.fast_cases(8)
 @pytest.mark.parametrize(
     ("options", "culprits"),
     [
@@ -175,6 +176,7 @@ def test_fit_refuses_in_one_line(options: list[Any], culprits: list[str], tmp_pa
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
     ("place", "culprit"),
     [
@@ -253,6 +255,7 @@ def theta_in(folder: Path) -> float:
     return description["position"]["init_args"]["theta"]
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
     ("options", "theta", "from_checkpoint"),
     [
@@ -284,6 +287,7 @@ def test_theta_left_open_is_the_checkpoints(
     assert (f"position: theta 500000 from {hugging_face}" in ran.out) == from_checkpoint
 
 
+@pytest.mark.slow
 def test_two_processes_say_once_what_they_took_from_the_checkpoint(
     hugging_face: Path, tmp_path: Path
 ):
@@ -293,6 +297,7 @@ def test_two_processes_say_once_what_they_took_from_the_checkpoint(
     assert theta_in(tmp_path / "run") == 5e5
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("given", [None, 1e4])
 def test_theta_of_a_config_file_left_open_is_the_checkpoints(
     given: float | None, hugging_face: Path, tmp_path: Path
@@ -310,6 +315,7 @@ def test_theta_of_a_config_file_left_open_is_the_checkpoints(
     assert theta_in(tmp_path / "run") == (given or 5e5)
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_a_start_too(tmp_path: Path):
     ran = start_from(runs.alone().folder, tmp_path / "run").succeeded()
     newest = runs.alone().folder / "checkpoints" / "step-00000030"
@@ -338,6 +344,7 @@ def test_a_bad_start_is_refused(damage: str, hugging_face: Path, tmp_path: Path)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     ("options", "culprits"),
     [
@@ -436,6 +443,7 @@ def test_what_a_run_never_reaches_is_said_at_its_start(tmp_path: Path):
     ]
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(("verb", "prefix"), [("validate", "val"), ("test", "test")])
 def test_a_checkpoint_measured_alone_gives_what_fit_logged(verb: str, prefix: str, tmp_path: Path):
     checkpoint = runs.alone().folder / "checkpoints" / "step-00000020"
@@ -495,6 +503,7 @@ def test_a_run_prints_nothing_but_its_progress():
     assert lines[-1] == f"wrote {ran.folder} (checkpoint step-00000030)"
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_saves_and_says_that_it_can_go_on(
     number: signal.Signals, tmp_path: Path

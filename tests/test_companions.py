@@ -94,6 +94,7 @@ def pretrained(instruct: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.mark.slow
 def test_after_continued_pretraining(instruct: Path, pretrained: Path, tmp_path: Path):
     folder, out = exported(pretrained, tmp_path / "a")
     assert_keeps(folder, instruct)

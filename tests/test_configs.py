@@ -113,6 +113,7 @@ def test_the_first_line_says_what_and_which_paper(name):
     assert re.search(r"\(.*(\d{4}|no paper).*\)", first), first
 
 
+@pytest.mark.fast_cases(7)
 @pytest.mark.parametrize("options", RUNS, indirect=True)
 def test_a_run_fits_together(options):
     model, data, trainer = options.model, options.data.init_args, options.trainer
@@ -164,6 +165,7 @@ def test_other_verbs_take_their_config(name):
             assert found == value
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     "options", ["prolong_512k", "curriculum_32k", "key_values_short"], indirect=True
 )

@@ -120,6 +120,7 @@ def decoded(llama: Llama, given: Sequence[Tensor], new: int, **options) -> list[
     return [torch.cat(rows) for rows in zip(given, found, strict=True)]
 
 
+@pytest.mark.fast_cases(5)
 @every_scheme
 def test_cached_greedy_is_the_argmax_of_reading_everything_again(position: PositionScheme):
     llama, prompt = model(position), prompts()
@@ -259,6 +260,7 @@ def test_sampling_is_independent_of_torchs_global_state():
     assert torch.equal(one, generate(llama, prompt, NEW, 1.0, seed=7))
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_tokens_are_drawn_with_the_probabilities_of_their_logits(temperature: float):
     llama, prompt = model(), prompts(rows=1)

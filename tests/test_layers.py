@@ -240,6 +240,7 @@ def peak_without_gradient(num_layers: int, tokens: int) -> float:
     return counted.peak / 2**30
 
 
+@pytest.mark.slow
 def test_the_peak_without_gradient_does_not_grow_with_the_layers():
     """131,072 tokens of Llama-3-8B; a block's input is 1 GiB, and 32 of them were kept before."""
     one, all_of_them = (peak_without_gradient(n, 131_072) for n in (1, 32))

@@ -143,6 +143,7 @@ def alter_loop(step: Path, trace: Path) -> None:
     seal(step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "alter",
     [

@@ -90,6 +90,7 @@ def test_only_position_ids_change_and_padding_keeps_its_own(transform):
     assert torch.equal(placed.position_ids[padding], kept)
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 def test_places_go_upwards_from_0_and_stay_in_the_context(transform):
     batch, answers = build(list(range(300)))
@@ -228,6 +229,7 @@ def test_e2_llm_trains_what_position_interpolation_reads():
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.fast_cases(6)
 @pytest.mark.parametrize("position", every_scheme(16), ids=lambda scheme: type(scheme).__name__)
 @pytest.mark.parametrize("transform", [PoSE(TARGET), E2LLM(TRAINED, FACTOR)], ids=str)
 def test_every_position_scheme_takes_the_places(position, transform):

@@ -82,6 +82,7 @@ def split_at_bos(tokens):
     return [bytes(document[:-1]).decode() for document in documents]
 
 
+@pytest.mark.slow
 def test_a_thousand_documents_are_stored_and_counted_exactly(tmp_path):
     generator = random.Random(0)
     lengths = [generator.randint(1, 5000) for _ in range(1000)]

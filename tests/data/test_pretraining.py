@@ -158,6 +158,7 @@ def test_500_steps_are_one_sequence_on_1_2_4_processes_with_0_1_2_workers(folder
             assert long_run(folder, ranks, num_workers, packing) == expected, (ranks, num_workers)
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
     "ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
 )
@@ -178,6 +179,7 @@ def test_rows_that_do_not_fill_the_last_micro_batch(folder, reference):
     assert found == reference
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
     ("step", "ranks", "settings"),
     [

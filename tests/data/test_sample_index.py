@@ -12,6 +12,7 @@ def draws(order, number, start=0):
     return [order(n) for n in range(start, start + number)]
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize("sources", range(2, 11))
 def test_every_prefix_gives_each_source_its_share_to_within_one_window(sources):
     generator = random.Random(sources)

@@ -60,6 +60,7 @@ def test_every_stage_has_its_own_window_batch_and_mix(reference):
             assert all(abs(taken[i] - share) < 1 for i, share in expected.items())
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     ("ranks", "num_workers"),
     [*(pytest.param(*each, marks=pytest.mark.slow) for each in ((2, 0), (4, 0), (1, 2))), (2, 1)],

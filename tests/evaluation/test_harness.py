@@ -168,6 +168,7 @@ def test_whole_texts_score_as_in_the_hf_model(theirs: Any, ours: HarnessModel):
     assert_near("lm-eval, whole texts: its hf model", found, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_texts_go_on_as_in_the_hf_model(theirs: Any, ours: HarnessModel):
     """Up to each of several stop strings, for prompts of all lengths, in batches."""
     contexts = ["the sea", STORY, "old 日本", STORY * 2, "a", "the men slept below", "calm"]
@@ -182,6 +183,7 @@ def test_texts_go_on_as_in_the_hf_model(theirs: Any, ours: HarnessModel):
     assert sum(a != b for a, b in zip(expected, whole, strict=False)) > 2
 
 
+@pytest.mark.slow
 def test_what_a_task_does_not_say_is_as_in_the_hf_model(exported: str):
     """256 new tokens, of which the context leaves room for as many; greedy."""
     folder = Path(exported)
@@ -309,6 +311,7 @@ def test_tasks_run_on_what_hugging_face_cannot_represent(
     assert len(together) == 6
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize("position", every_scheme(12), ids=lambda p: type(p).__name__)
 def test_a_row_answers_in_a_batch_as_alone(
     position: PositionScheme, coder: JsonTokenizer, tmp_path: Path

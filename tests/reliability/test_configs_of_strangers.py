@@ -34,6 +34,7 @@ def hostile(trace: Path) -> dict[str, tuple[str, str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [n if n == "unknown key" else pytest.param(n, marks=pytest.mark.slow) for n in hostile(Path())],

@@ -48,6 +48,7 @@ def step(llama: Llama, batch: Batch | None = None) -> tuple[torch.Tensor, ...]:
     return loss.detach(), nats, *(weight.grad for weight in llama.parameters())
 
 
+@pytest.mark.fast_cases(6)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("recompute", "offload"), SETTINGS)
 def test_recomputed_and_offloaded_blocks_are_the_same_to_the_bit(recompute, offload, dtype):
@@ -145,6 +146,7 @@ def live_after_forward(layers: int, offload: str, monkeypatch: pytest.MonkeyPatc
     return live
 
 
+@pytest.mark.slow
 def test_only_block_inputs_are_kept_and_offloaded_ones_are_not(monkeypatch):
     x = 2 * 96 * CONFIG.hidden_size * 4
     kept = [live_after_forward(n, "none", monkeypatch) for n in (3, 9)]

@@ -39,6 +39,7 @@ def compile_layouts(recompute: Recompute, tile: int | None, graphs: int) -> None
     assert counts == [graphs] * LAYOUTS, counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recompute", "tile", "graphs"),
     [

@@ -335,6 +335,7 @@ def check_trained_as_one(ran: runs.Ran, per_row: int) -> None:
             assert runs.largest_difference(*pairs) <= 2e-6, name
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_the_same_rows_as_one(tmp_path):
     ran = runs.fit(tmp_path, *shared_by(2), ranks=2).succeeded()
     assert "zigzag over 2 processes; the busiest does" in ran.out
@@ -380,6 +381,7 @@ def _steps(lines: list[str]) -> Iterator[tuple[int, float]]:
             yield entry["step"], entry["loss"]
 
 
+@pytest.mark.slow
 def test_a_memory_needs_whole_rows(tmp_path):
     options = ["--model.init_args.memory", 1, "--data.init_args.contiguous", "true"]
     ran = runs.fit(tmp_path, *shared_by(2), *options, ranks=2)

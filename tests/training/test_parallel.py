@@ -318,6 +318,7 @@ def test_saving_cut_off_anywhere_leaves_the_old_step_or_the_new(
         assert list(newest) == sorted(newest)  # once the new step is there, it stays
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(("keep", "kept"), [(1, [7]), (2, [6, 7]), (3, [4, 6, 7])])
 @pytest.mark.usefixtures("process_group")
 def test_the_newest_checkpoints_are_kept(keep: int, kept: list[int], tmp_path: Path):
@@ -399,6 +400,7 @@ def test_a_torn_checkpoint_is_refused_by_file_and_the_newest_whole_one_offered(
     assert line.endswith(offer)
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_without_a_whole_one_beside_it_is_refused_by_both_processes(
     run_folder: Path,
 ):

@@ -28,6 +28,7 @@ def planned(capsys, *options):
     return code, out, err, {name: cells for name, *cells in rows}
 
 
+@pytest.mark.slow
 def test_a_recipe_whose_checkpoint_and_data_are_not_there(capsys):
     code, out, _, rows = planned(capsys, "--config", CONFIG / "prolong_512k.yaml")
     assert code == 0
@@ -92,6 +93,7 @@ def test_the_fewest_gpus(capsys):
     assert code == 3
 
 
+@pytest.mark.slow
 def test_lengths_and_epochs_are_those_of_the_data(capsys, tmp_path):
     texts = [{"text": "x" * n} for n in (50, 900, 4000)] * 30
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))

@@ -45,6 +45,7 @@ def scalars(folder: Path) -> dict[str, float]:
     return {tag: values[-1][1] for tag, values in tags.items() if tag.startswith("probe")}
 
 
+@pytest.mark.slow
 def test_the_log_holds_the_loss_of_the_answers(probed: runs.Ran):
     """A loop over the prompts, on the checkpoint of the validated step."""
     tags = scalars(probed.folder)
@@ -91,6 +92,7 @@ def test_training_is_as_without_them(probed: runs.Ran):
     assert all(seen[step].loss == pytest.approx(alone[step].loss, rel=1e-6) for step in (1, 2, 5))
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     ("probes", "message"),
     [

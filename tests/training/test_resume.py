@@ -47,6 +47,7 @@ def test_same_layout_goes_on_equal_in_every_digit(workers: int, tmp_path: Path):
     assert held_out == expected[1:]
 
 
+@pytest.mark.slow
 def test_same_layout_of_two_processes_goes_on_equal_in_every_digit(tmp_path: Path):
     assert resume(tmp_path, runs.together(), ranks=2) == after_start(runs.together())
 
@@ -291,6 +292,7 @@ def test_many_micro_batches_fit_into_the_usual_limit_of_open_files(tmp_path: Pat
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_the_clock_saves_too(tmp_path: Path):
     """Every step is later than 1e-6 minutes after the last."""
     clock = ["--checkpoints.every_n_steps", 1000, "--checkpoints.every_minutes", 1e-6]

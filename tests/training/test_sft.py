@@ -61,6 +61,7 @@ def compare(found: Path, expected: Path) -> None:
         assert difference <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mean", "size", "ranks"),
     [

@@ -44,6 +44,7 @@ def test_training_from_object_storage_is_training_from_disk(
     assert (tmp_path / "remote" / "tokenizer" / "tokenizer.json").is_file()
 
 
+@pytest.mark.slow
 def test_data_of_another_tokenizer_than_the_checkpoints_is_refused(tmp_path: Path):
     vocab = {"<s>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, 200)}}
     model = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="w2"))
