@@ -76,7 +76,7 @@ EXPECTED = {
     "c": [Expected("input loss 1", "input loss 0", "Xiong et al. 2023, fine-tuning")],
 }
 NOT_HERE = [
-    "documents masked or not: attention never crosses documents here",
+    "documents masked or not (`document_mask`): no arm for it yet",
     "per-source length upsampling, long data only: of the standard library's bytes nearly all are "
     "in long documents already",
 ]

@@ -168,8 +168,17 @@ class FinetuneData(StepData):
         groups = [reader.groups for reader in readers.values()]
         return SampleIndex([len(reader) for reader in readers.values()], weights, self.seed, groups)
 
-    def batch(self, readers: Mapping[int, ConversationRows], rows: Rows, training: bool) -> Batch:
-        """Read rows; in validation the targets are the answers, and all stands where it stands."""
+    def batch(
+        self,
+        readers: Mapping[int, ConversationRows],
+        rows: Rows,
+        training: bool,
+        document_mask: bool | None = None,
+    ) -> Batch:
+        """Read rows; in validation the targets are the answers, and all stands where it stands.
+
+        Conversations are always kept apart.
+        """
         padding = next(iter(readers.values())).padding()
         found = [padding if row < 0 else readers[source][row] for source, row, _ in rows]
         longest = max(1, *(int((row.tokens != NO_TARGET).sum()) for row in found))

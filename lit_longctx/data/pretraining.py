@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from lit_longctx.data.sampling.contiguous import ContiguousSampler
 from lit_longctx.data.sampling.packing import BestFit
 from lit_longctx.data.sampling.position_transforms import PositionTransform
 from lit_longctx.data.sampling.sample_index import SampleIndex
-from lit_longctx.data.sampling.stages import ENDLESS, Stage, StageSchedule
+from lit_longctx.data.sampling.stages import ENDLESS, Packing, Stage, StageSchedule
 from lit_longctx.data.sampling.steps import (
     Rows,
     StepData,
@@ -74,11 +73,14 @@ class PretrainData(StepData):
         contiguous: Let rows walk through documents, for a model with memory, instead of shuffling.
         packing: `concatenate` joins documents and cuts the stream every `window` tokens;
             `best_fit` cuts only documents longer than the window, and pads.
+        document_mask: Whether attention keeps documents apart. Without it a row is one document:
+            positions run on, the BOS of the next document is a target too, and BOS and EOS are all
+            that separates. Held-out rows keep documents apart.
         storage: Cache and access for sources in object storage.
         position_transform: Draws positions of a longer context to train at; default: the tokens'
             own positions.
-        stages: Stretches of the run with another window, batch, mix, theta or learning rate, one
-            after the other; default: one, with the settings above.
+        stages: Stretches of the run with another window, batch, mix, packing, mask, position scheme
+            or learning rate, one after the other; default: one, with the settings above.
         allow_changed_data: Let a resume go on with other sources, seed, window, weights or packing.
     """
 
@@ -93,7 +95,8 @@ class PretrainData(StepData):
         held_out_windows: int = 32,
         validation_window: ValidationWindow = "stage",
         contiguous: bool = False,
-        packing: Literal["concatenate", "best_fit"] = "concatenate",
+        packing: Packing = "concatenate",
+        document_mask: bool = True,
         storage: ObjectStorage = ObjectStorage(),
         position_transform: PositionTransform | None = None,
         stages: list[Stage] | None = None,
@@ -112,7 +115,8 @@ class PretrainData(StepData):
         self.held_out_windows = held_out_windows
         self.validation_window = validation_window
         self.contiguous = contiguous
-        self.packing = packing
+        self.packing: Packing = packing
+        self.document_mask = document_mask
         self.position_transform = position_transform
         self.storage = storage
         self.allow_changed_data = allow_changed_data
@@ -143,7 +147,8 @@ class PretrainData(StepData):
                 raise ValueError(
                     f"source {name} was prepared with another tokenizer; prepare all with one"
                 )
-            if isinstance(other, MDSWindows) and (self.contiguous or self.packing == "best_fit"):
+            packings = {stage.packing or self.packing for stage in self.stage_schedule.stages}
+            if isinstance(other, MDSWindows) and (self.contiguous or "best_fit" in packings):
                 raise ValueError(f"source {name} is packed: leave out contiguous and best_fit")
 
     def _first_tokenizer_folder(self, opened: Mapping[str, Windows | MDSWindows]) -> Path | None:
@@ -180,7 +185,7 @@ class PretrainData(StepData):
     def readers(self, stage: Stage) -> dict[str, WindowReader]:
         """Return what serves a stage's windows, by source."""
         opened = self.open("train", stage)
-        if self.packing == "concatenate":
+        if (stage.packing or self.packing) == "concatenate":
             return dict(opened)
         return {name: self._best_fit(windows) for name, windows in opened.items()}
 
@@ -208,9 +213,16 @@ class PretrainData(StepData):
         """Return what serves held-out windows: joined documents, whatever the packing."""
         return self.open("held_out", stage)
 
-    def batch(self, readers: Mapping[int, WindowReader], rows: Rows, training: bool) -> Batch:
+    def batch(
+        self,
+        readers: Mapping[int, WindowReader],
+        rows: Rows,
+        training: bool,
+        document_mask: bool | None = None,
+    ) -> Batch:
         """Read rows of packed documents; in validation all stands where it stands."""
-        batch = read_batch(readers, rows, self.tokenizer.bos)
+        masked = self.document_mask if document_mask is None else document_mask
+        batch = read_batch(readers, rows, self.tokenizer.bos, masked or not training)
         return self.position_transform(batch) if training and self.position_transform else batch
 
 
@@ -227,8 +239,13 @@ def _check_sizes(
         raise ValueError(f"held_out_windows {held_out_windows} must be 0 or more")
 
 
-def read_batch(readers: Mapping[int, WindowReader], rows: Rows, bos: int) -> Batch:
-    """Pack rows given as (source, window, sample); window −1 is padding, without targets."""
+def read_batch(
+    readers: Mapping[int, WindowReader], rows: Rows, bos: int, document_mask: bool = True
+) -> Batch:
+    """Pack rows given as (source, window, sample); window −1 is padding, without targets.
+
+    Without a document mask each row is one document, beside its padding.
+    """
     length = next(reader.length for reader in readers.values())
     padding = np.full(length + 1, NO_TARGET), np.zeros(length + 1, dtype=bool)
     found = [padding if window < 0 else _row(readers[source], window) for source, window, _ in rows]
@@ -236,7 +253,7 @@ def read_batch(readers: Mapping[int, WindowReader], rows: Rows, bos: int) -> Bat
     batch = pack(
         torch.from_numpy(np.stack(tokens)),
         bos,
-        torch.from_numpy(np.stack(starts)),
+        torch.from_numpy(np.stack(starts) & document_mask),
         sources=torch.tensor([source for source, *_ in rows]),
         samples=torch.tensor([sample for *_, sample in rows]),
     )

@@ -198,6 +198,26 @@ class Llama(nn.Module):
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
+    def use_layers(self, layers: Layers) -> None:
+        """Give the same weights other schemes and windows, as a stage of training does.
+
+        Raises:
+            ValueError: A scheme that is exchanged has weights of its own.
+        """
+        schemes = zip(self.layers.by_layer, layers.by_layer, strict=True)
+        for block, (old, new) in zip(self.model.layers, schemes, strict=True):
+            if old.position == new.position:
+                continue
+            attention: Any = block.self_attn
+            module = new.position.layer(self.config.num_attention_heads, self.config.head_width)
+            if [*attention.position.parameters(), *module.parameters()]:
+                raise ValueError(
+                    f"{old.position} and {new.position} are not of one model: one of them has "
+                    "weights; begin a run of its own with it"
+                )
+            attention.position = module
+        self.layers = layers
+
     def hidden(self, batch: Batch, source: KeySource = OWN) -> Float[Tensor, "batch seq width"]:
         """Final hidden states, after the last norm; `source` says where keys and values are."""
         views = source.views(batch, self.layers.kinds, self.backend, self.config.head_width)

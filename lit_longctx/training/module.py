@@ -19,11 +19,12 @@ from lit_longctx.checkpoint import (
 )
 from lit_longctx.context_parallel import ContextParallel, apply_context_parallel
 from lit_longctx.data.sampling.data_description import TrainingData
+from lit_longctx.data.sampling.stages import Stage
 from lit_longctx.data.tokens.opening import check_tokenizer
 from lit_longctx.model import Llama, LlamaConfig, layers_of
 from lit_longctx.model.attention import AttnImplementation
 from lit_longctx.model.keys import OWN, KeySource
-from lit_longctx.model.layers import LayerPattern
+from lit_longctx.model.layers import LayerPattern, Layers
 from lit_longctx.model.memory import Memory
 from lit_longctx.position import PositionScheme, RoPE
 from lit_longctx.training import parallel
@@ -53,6 +54,7 @@ class LanguageModule(HeldOutValidation, ABC):
         learning_rate: Peak learning rate of AdamW.
         schedule: Learning rate by step.
         weight_decay: Of matrices; norms and biases are never decayed.
+        decay_embeddings: Whether the embedding decays too; OLMo and SmolLM3 leave it out.
         betas: AdamW's decay rates of first and second moment.
         gradient_clip: Largest gradient norm.
         compute_dtype: Dtype of products; master weights and gradient sums are float32.
@@ -79,6 +81,7 @@ class LanguageModule(HeldOutValidation, ABC):
         learning_rate: float = 2e-5,
         schedule: Schedule = WarmupCosine(),
         weight_decay: float = 0.1,
+        decay_embeddings: bool = True,
         betas: tuple[float, float] = (0.9, 0.95),
         gradient_clip: float = 1.0,
         compute_dtype: Literal["bfloat16", "float32"] = "bfloat16",
@@ -102,14 +105,13 @@ class LanguageModule(HeldOutValidation, ABC):
         config = config if self.start is None else self.start.config
         assert config is not None
         self.config = config
-        start = self.start
-        self.layers = (
-            start.layers_with(position) if start else layers_of(position or RoPE(), config)
-        )
+        self.layers = self._layers_with(position)
+        self._settings: StageSettings | None = None
         self.attn_implementation: AttnImplementation = attn_implementation
         self.learning_rate = learning_rate
         self.schedule = schedule
         self.weight_decay = weight_decay
+        self.decay_embeddings = decay_embeddings
         self.betas = betas
         self.gradient_clip = gradient_clip
         self.compute_dtype: torch.dtype = getattr(torch, compute_dtype)
@@ -139,6 +141,11 @@ class LanguageModule(HeldOutValidation, ABC):
             self.settings.check(self.trainer.max_steps)
         with torch.device("meta"):
             llama = Llama(self.config, self.layers, self.attn_implementation)
+        if self.trainer.state.fn == "fit":
+            for layers in reversed(
+                self.settings.layers
+            ):  # what a later stage cannot be, is said now
+                llama.use_layers(layers)
         if self.compile_blocks:
             parallel.apply_compile(llama)
         apply_levers(
@@ -203,12 +210,15 @@ class LanguageModule(HeldOutValidation, ABC):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer; matrices decay, vectors (norms, biases) do not."""
-        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
-        vectors = [p for n, p in named if p.ndim < 2 or "bias" in n]
-        matrices = [p for n, p in named if not (p.ndim < 2 or "bias" in n)]
+        decayed, others = [], []
+        for name, parameter in self.named_parameters():
+            vector = parameter.ndim < 2 or "bias" in name
+            left_out = "embed_tokens" in name and not self.decay_embeddings
+            if parameter.requires_grad:
+                (others if vector or left_out else decayed).append(parameter)
         groups = [
-            {"params": matrices, "weight_decay": self.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": others, "weight_decay": 0.0},
         ]
         fused = self.cpu_offload or None  # on a CPU much faster than torch's default
         return make_optimizer(self.optimizer_name, groups, self.learning_rate, self.betas, fused)
@@ -223,7 +233,9 @@ class LanguageModule(HeldOutValidation, ABC):
         if self.context_parallel is not None and not self._told:
             self._tell_balance(self.context_parallel, step)
         settings = self.settings
-        self.llama.layers = settings.layers_at(self.global_step)
+        self.llama.use_layers(settings.layers_at(self.global_step))
+        if settings.is_fresh(self.global_step):
+            optimizer.optimizer.state.clear()
         found = accumulate_gradients(
             self.llama,
             step.micro_batches,
@@ -265,10 +277,23 @@ class LanguageModule(HeldOutValidation, ABC):
 
     @property
     def settings(self) -> StageSettings:
-        """Layers and learning rate of every step."""
-        return StageSettings(
-            self.data.stage_schedule, self.layers, self.learning_rate, self.schedule
-        )
+        """Layers, learning rate and optimizer state of every step."""
+        schedule = self.data.stage_schedule
+        if self._settings is None or self._settings.stage_schedule is not schedule:
+            layers = [self._layers_in(stage) for stage in schedule.stages]
+            self._settings = StageSettings(schedule, layers, self.learning_rate, self.schedule)
+        return self._settings
+
+    def _layers_in(self, stage: Stage) -> Layers:
+        """Return the layers of a stage: a position of its own, a theta of its own, or the run's."""
+        layers = self.layers if stage.position is None else self._layers_with(stage.position)
+        return layers if stage.theta is None else layers.with_theta(stage.theta)
+
+    def _layers_with(self, position: PositionScheme | LayerPattern | None) -> Layers:
+        """Return the layers that a position makes of the start, or of random weights."""
+        if self.start is not None:
+            return self.start.layers_with(position)
+        return layers_of(position or RoPE(), self.config)
 
     def _sources(self, step: StepBatch) -> Sequence[KeySource]:
         """Return the memory of each micro-batch's rows, if any; empty where rows jump."""
@@ -320,12 +345,12 @@ class LanguageModule(HeldOutValidation, ABC):
         if self.trainer.state.fn == "fit":
             self.data.check_resumed(checkpoint.get("data"))
             check_same_stages(step, checkpoint.get("stages"), self.data.stages_until(step))
-        self.llama.layers = self.settings.layers_at(max(0, step - 1))
+        self.llama.use_layers(self.settings.layers_at(max(0, step - 1)))
 
     def _check_resumed(self, resumed: Checkpoint) -> None:
         """Refuse a checkpoint of another model: one of fewer layers, say, would load silently."""
         # what only measures may place tokens anew
-        layers = self.settings.all_layers() if self.trainer.state.fn == "fit" else None
+        layers = self.settings.layers if self.trainer.state.fn == "fit" else None
         check_same_model(resumed, self.config, layers)
 
 

@@ -180,9 +180,10 @@ def _memory_rows(
 
 def _time_rows(run: RunPlan, peak: float | None, efficiency: float) -> Iterator[list[str]]:
     flops, seconds, busiest = [], [], []
-    for stage, work in zip(run.stages, run.works, strict=True):
-        lengths = lengths_of(run.ledgers, shares_of(stage, run))
-        flops.append(estimate.flops_per_token(work, run.layers, lengths))
+    for stage, layers, work in zip(run.stages, run.layers, run.works, strict=True):
+        known = lengths_of(run.ledgers, shares_of(stage, run))
+        lengths = known if stage.document_mask else None
+        flops.append(estimate.flops_per_token(work, layers, lengths))
         busiest.append(estimate.busiest_share(work, lengths))
         if peak:
             seconds.append(estimate.seconds_per_step(work, flops[-1], peak, efficiency))

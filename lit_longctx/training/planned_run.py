@@ -44,7 +44,8 @@ class RunPlan:
     """A run as its config describes it."""
 
     config: LlamaConfig
-    layers: Layers
+    layers: list[Layers]
+    """Of each stage."""
     stages: list[Stage]
     works: list[Workload]
     """One for each stage."""
@@ -88,9 +89,11 @@ def read_run(options: Any, settings: PlanSettings) -> RunPlan:
                 raise UnknownShape(f"a class of yours has no option {name}, which plan needs")
     config, layers = _shape(model, settings.shape)
     hardware = named_hardware(settings.hardware)
-    run = Stage(ENDLESS, data.window, data.batch_tokens, data.micro_batch_size, None)
+    sizes = data.window, data.batch_tokens, data.micro_batch_size
+    run = Stage(ENDLESS, *sizes, document_mask=data.get("document_mask", True))
     given = [_stage(each) for each in data.get("stages") or []]
     stages = list(_until(trainer.max_steps, [stage.completed(run) for stage in given or [run]]))
+    layers = [_pattern(stage.position, config) or layers for stage in stages]
     strategy = getattr(trainer.strategy, "init_args", None) or {}
     processes = settings.gpus or _devices(trainer, hardware)
     size = strategy.get("context_parallel_size", 1)
@@ -152,7 +155,9 @@ def _pattern(position: Any, config: LlamaConfig) -> Layers | None:
 
 
 def _stage(given: Any) -> Stage:
-    return given if isinstance(given, Stage) else Stage(**given.as_dict())
+    if isinstance(given, Stage):
+        return given
+    return Stage(**{**given.as_dict(), "position": given.get("position")})
 
 
 def _until(steps: int, stages: Sequence[Stage]) -> Iterator[Stage]:

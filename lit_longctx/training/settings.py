@@ -1,5 +1,6 @@
 """What the stages of a run change in its model and optimizer, resolved for every step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lit_longctx.data.sampling.stages import StageSchedule
@@ -9,11 +10,11 @@ from lit_longctx.training.schedule import Schedule, Warmup
 
 @dataclass(frozen=True)
 class StageSettings:
-    """Layers and learning rate of every step: the run's own, or those of its stage."""
+    """Layers, learning rate and optimizer state of every step, as its stage says."""
 
     stage_schedule: StageSchedule
-    layers: Layers
-    """Of stages that name no theta."""
+    layers: Sequence[Layers]
+    """Of each stage."""
     learning_rate: float
     """Peak of stages that name none."""
     schedule: Schedule
@@ -25,13 +26,14 @@ class StageSettings:
             self.schedule.check(min(anew, default=max_steps))
 
     def layers_at(self, step: int) -> Layers:
-        """Return the layers of a step: a stage may have its own theta."""
-        theta = self.stage_schedule.stages[self.stage_schedule.at(step)].theta
-        return self.layers if theta is None else self.layers.with_theta(theta)
+        """Return the layers of a step."""
+        return self.layers[self.stage_schedule.at(step)]
 
-    def all_layers(self) -> list[Layers]:
-        """Return the layers of every stage."""
-        return [self.layers_at(step) for step in self.stage_schedule.steps[:-1]]
+    def is_fresh(self, step: int) -> bool:
+        """Whether the optimizer forgets its moments before this step."""
+        number = self.stage_schedule.at(step)
+        begins = step == self.stage_schedule.steps[number]
+        return begins and self.stage_schedule.stages[number].fresh_optimizer
 
     def learning_rate_at(self, step: int, max_steps: int) -> float:
         """Return the rate of a step of a run of `max_steps`; a stage's own rate begins anew."""

@@ -84,7 +84,9 @@ def test_warmup_may_be_a_share_of_the_run(kind: type):
 
 
 def settings(schedule: Schedule, *stages: Stage) -> StageSettings:
-    return StageSettings(StageSchedule(stages), Layers.uniform(RoPE(), 1), 1.0, schedule)
+    return StageSettings(
+        StageSchedule(stages), [Layers.uniform(RoPE(), 1)] * len(stages), 1.0, schedule
+    )
 
 
 @pytest.mark.parametrize("kind", [WarmupConstant, WarmupCosine, WarmupLinear])

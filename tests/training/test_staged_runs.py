@@ -1,18 +1,23 @@
 """Stages through the command line: window, theta and rate change within one resumable run."""
 
 import json
+from collections.abc import Iterator
 from math import cos, pi
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from training import runs
 
 from lit_longctx import checkpoint
+from lit_longctx.batch import NO_TARGET, one_document
 from lit_longctx.data.pretraining import PretrainData, Source
 from lit_longctx.data.sampling.stages import Stage
 from lit_longctx.data.sampling.steps import Steps
-from lit_longctx.position import RoPE
+from lit_longctx.position import RoPE, YaRN
 
 STAGES = [
     {"steps": 10, "learning_rate": 3e-3},
@@ -145,3 +150,98 @@ def test_stages_that_do_not_fit_the_run_are_refused(
         assert ran.code == 1
         (line,) = ran.err.splitlines()
         assert "until step 20 the run's stages were" in line
+
+
+YARN = {"factor": 2.0}
+RECIPE = [
+    {"steps": 10},
+    {
+        "steps": 10,
+        "position": {"class_path": "YaRN", "init_args": {**YARN, "original_context": 256}},
+        "document_mask": False,
+        "packing": "best_fit",
+        "fresh_optimizer": True,
+    },
+    {"steps": 10, "position": {"class_path": "NoPE"}},
+]
+"""Scheme, mask, packing and optimizer state change, as from SmolLM3's stages to DroPE."""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], runs.Ran]:
+    """Options of a run of three stages, and all of it on one process."""
+    folder = tmp_path_factory.mktemp("recipe")
+    data = {"class_path": "PretrainData", "init_args": {"stages": RECIPE}}
+    (folder / "stages.yaml").write_text(yaml.safe_dump({"data": data}))
+    options = ["--config", str(folder / "stages.yaml")]
+    return options, runs.fit(folder / "run", *options).succeeded()
+
+
+def test_stages_have_their_scheme_and_moments(recipe: tuple[list[str], runs.Ran], tmp_path: Path):
+    """Checkpoints name the scheme; AdamW's count of steps begins anew where moments do."""
+    expected = {10: ("RoPE", 10), 20: ("YaRN", 10), 30: ("NoPE", 20)}
+    for step, (name, updates) in expected.items():
+        folder = recipe[1].folder / "checkpoints" / f"step-{step:08d}"
+        assert type(checkpoint.open_checkpoint(folder).layers.position).__name__ == name
+        dcp_to_torch_save(folder, tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        counts = set(steps_in(state["optimizer_0"]))
+        assert counts == {updates}, (step, counts)
+
+
+def steps_in(state: Any) -> Iterator[float]:
+    """Yield every `step` of an optimizer's state, however it is nested or named."""
+    for name, value in state.items():
+        if isinstance(value, dict):
+            yield from steps_in(value)
+        elif str(name).rpartition(".")[2] == "step":
+            yield float(value)
+
+
+def test_without_a_document_mask_a_row_is_one_document(recipe: tuple[list[str], runs.Ran]):
+    """Loss of step 11 from the checkpoint of step 10, every row alone, as one text."""
+    parts = sorted(runs.sources().items())
+    sources = {name: Source(part["folder"], part["weight"]) for name, part in parts}
+    stages = [Stage(10), Stage(10, packing="best_fit", document_mask=False), Stage(10)]
+    data = PretrainData(sources, runs.WINDOW, runs.BATCH * runs.WINDOW, 4, stages=stages)
+    step = Steps(data, 0, 1)[10]
+    start = recipe[1].folder / "checkpoints" / "step-00000010"
+    llama = checkpoint.load_pretrained(start, position=YaRN(10_000.0, **YARN, original_context=256))
+    nats = weights = 0.0
+    for batch in step.micro_batches:
+        for ids, labels, sample in zip(batch.input_ids, batch.labels, batch.samples, strict=True):
+            text = ids[: int((labels != NO_TARGET).sum())][None]
+            documents = one_document(*text.shape)
+            places = torch.arange(text.shape[1])[None]
+            alone = batch._replace(input_ids=text, position_ids=places, documents=documents)
+            with torch.no_grad():
+                logits = llama.logits(alone)[0].double()
+            each = torch.nn.functional.cross_entropy(
+                logits, labels[: text.shape[1]], reduction="sum"
+            )
+            weight = float(sample % 3)
+            nats += weight * float(each)
+            weights += weight * text.shape[1]
+    assert runs.witnessed(recipe[1].folder)[11].loss == pytest.approx(nats / weights, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_resume_of_such_stages_is_exact(
+    recipe: tuple[list[str], runs.Ran], step: int, tmp_path: Path
+):
+    options, alone = recipe
+    start = alone.folder / "checkpoints" / f"step-{step:08d}"
+    ran = runs.fit(tmp_path, *options, "--ckpt_path", start).succeeded()
+    assert ran.err == ""
+    expected = {n: e for n, e in runs.witnessed(alone.folder).items() if n > step}
+    assert runs.witnessed(tmp_path) == expected
+
+
+def test_a_stage_with_weights_of_its_own_is_refused(tmp_path: Path):
+    stages = json.dumps([{"steps": 10}, {"steps": 20, "position": {"class_path": "TransformerXL"}}])
+    ran = runs.fit(tmp_path, "--data.init_args.stages", stages)
+    assert ran.code == 1
+    (line,) = ran.err.splitlines()
+    assert "TransformerXL" in line
+    assert "has weights" in line

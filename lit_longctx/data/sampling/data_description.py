@@ -1,7 +1,7 @@
 """What training asks of its data, and nothing more."""
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,7 @@ class DataDescription:
         if not self.staged:
             return []
         last = self.stage_schedule.at(max(0, step - 1))
-        begun = [asdict(stage) for stage in self.stage_schedule.stages[: last + 1]]
-        for stage in begun:
-            del stage["micro_batch_size"]
+        begun = [stage.as_json() for stage in self.stage_schedule.stages[: last + 1]]
         del begun[-1]["steps"]  # the stage that goes on may become longer or shorter
         return begun
 

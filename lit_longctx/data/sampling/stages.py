@@ -1,10 +1,16 @@
-"""Stage schedule of a run: stages with their own window, batch, mix, theta and learning rate."""
+"""Stage schedule of a run: stages with their own window, batch, mix, positions and optimizer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import inf
+from typing import Any, Literal
 
+from lit_longctx.checkpoint import describe_position
+from lit_longctx.model.layers import LayerPattern
+from lit_longctx.position import PositionScheme
+
+Packing = Literal["concatenate", "best_fit"]
 ENDLESS = 2**40
 """Steps of the one stage of a run whose stages are not given."""
 
@@ -27,6 +33,15 @@ class Stage:
     """Rotary base; default: as the model's position says."""
     learning_rate: float | None = None
     """Peak learning rate; with it the schedule, warm-up included, begins anew in every stage."""
+    position: PositionScheme | LayerPattern | None = None
+    """Position scheme of all layers, which keep their windows, or a pattern of kinds of layers; no
+    scheme with weights. Default: the model's position."""
+    packing: Packing | None = None
+    """How documents become rows; default: as the run."""
+    document_mask: bool | None = None
+    """Whether attention keeps documents apart; default: as the run."""
+    fresh_optimizer: bool = False
+    """Whether the stage begins with moments of zero, in place of those that the last one left."""
 
     def __post_init__(self) -> None:
         for name in ("window", "batch_tokens", "micro_batch_size"):
@@ -44,9 +59,23 @@ class Stage:
 
     def completed(self, run: "Stage") -> "Stage":
         """Return the stage with what it leaves open taken from the run's own settings."""
-        open_values = (0, None, {})
-        own = {n: v for n, v in vars(self).items() if n == "steps" or v not in open_values}
+        own = {
+            name: value
+            for name, value in vars(self).items()
+            if name == "steps" or value is False or value not in (0, None, {})
+        }
         return replace(run, **own)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what decides the stage's steps, as checkpoints keep it; rows at a time do not."""
+        found = dict(vars(self))
+        del found["micro_batch_size"]
+        if self.position is not None:
+            found["position"] = describe_position(self.position)
+        for name in ("position", "packing", "document_mask", "fresh_optimizer"):
+            if found[name] in (None, False) and found[name] is getattr(Stage, name):
+                del found[name]  # checkpoints of earlier versions have none
+        return found
 
 
 class StageSchedule:

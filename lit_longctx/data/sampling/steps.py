@@ -49,6 +49,7 @@ class StepData(TrainingData, ABC):
     sorted: bool = False
     seed: int
     packing: str | None = None
+    document_mask: bool = True
     contents: Mapping[str, str]
     """Hash of each source's tokens."""
     allow_changed_data: bool = False
@@ -73,6 +74,8 @@ class StepData(TrainingData, ABC):
         """Return what decides a sample; a run's stages are compared for themselves."""
         found: dict[str, Any] = {f"source {name}": text for name, text in self.contents.items()}
         found |= {"seed": self.seed, "packing": self.packing, "contiguous": self.contiguous}
+        if not self.document_mask:  # checkpoints of earlier versions do not say that they have one
+            found["document_mask"] = False
         if not self.staged:
             stage = self.stage_schedule.stages[0]
             found |= {"window": stage.window, "weights": stage.weights}
@@ -93,8 +96,17 @@ class StepData(TrainingData, ABC):
         """Return a stage's order of samples; `read` tokens of each source count as drawn."""
 
     @abstractmethod
-    def batch(self, readers: Mapping[int, Any], rows: Rows, training: bool) -> Batch:
-        """Read rows, given the readers by number of their source."""
+    def batch(
+        self,
+        readers: Mapping[int, Any],
+        rows: Rows,
+        training: bool,
+        document_mask: bool | None = None,
+    ) -> Batch:
+        """Read rows, given the readers by number of their source.
+
+        Training only: `document_mask` says whether documents are kept apart; default: as the run.
+        """
 
     @property
     def longest(self) -> Stage:
@@ -262,7 +274,7 @@ class Steps(Dataset):
             rows.append((sources[source], window, sample))
         size = stage.micro_batch_size
         parts = [
-            self.data.batch(readers, rows[i : i + size], training=True)
+            self.data.batch(readers, rows[i : i + size], True, stage.document_mask)
             for i in range(0, share, size)
         ]
         restart = isinstance(order, ContiguousSampler) and order.restarts(begin)
