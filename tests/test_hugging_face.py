@@ -56,6 +56,15 @@ def ropes(head_dim):
         "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
         "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
         "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, **original},
+        "yarn, every key": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "truncate": False,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.4,
+            **original,
+        },
         "llama3": {
             "rope_type": "llama3",
             "rope_theta": 5e5,
@@ -154,9 +163,7 @@ def test_v4_and_v5_forms_agree(rope):
     [
         ({"rope_type": "proportional"}, "rope_type 'proportional' cannot be represented"),
         ({"rope_type": "default", "mystery": 1}, "rope key mystery cannot be represented"),
-        ({"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0}, "attention_factor 1.0 can"),
         ({"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}, "rope key mscale cannot"),
-        ({"rope_type": "yarn", "factor": 4.0, "truncate": False}, "truncate false cannot"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_type": "linear"}, "factor"),
     ],

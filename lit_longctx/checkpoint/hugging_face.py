@@ -173,7 +173,7 @@ def _is_same(theirs: Any, config: Any, kind: LayerKind, llama: Llama) -> bool:
     name = FULL if kind.window is None else SLIDING
     by_type = hasattr(theirs, f"{name}_inv_freq")
     of, given = (f"{name}_", (name,)) if by_type else ("", ())
-    same = isclose(getattr(theirs, f"{of}attention_scaling"), position.attention_factor)
+    same = isclose(getattr(theirs, f"{of}attention_scaling"), position.attention_scaling)
     for length in (1, 4 * config.max_position_embeddings):  # some schemes differ for long documents
         theirs(torch.zeros(1), torch.tensor([[length - 1]]), *given)
         found = getattr(theirs, f"{of}inv_freq").float()

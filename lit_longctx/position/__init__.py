@@ -9,11 +9,11 @@ from lit_longctx.position.rotary import (
     PositionInterpolation,
     RoPE,
     Rotary,
-    YaRN,
 )
 from lit_longctx.position.scheme import PositionScheme
 from lit_longctx.position.transformer_xl import TransformerXL
 from lit_longctx.position.xpos import XPos
+from lit_longctx.position.yarn import YaRN
 
 __all__ = [
     "DynamicNTK",

@@ -55,7 +55,7 @@ class LongRoPE(Rotary):
         return super().to_rope(head_dim)
 
     @property
-    def attention_factor(self) -> float:
+    def attention_scaling(self) -> float:
         """√(1 + ln s / ln L) as its authors' code has it."""
         return sqrt(1 + log(self.factor) / log(self.known_context)) if self.factor > 1 else 1.0
 
@@ -96,4 +96,4 @@ class LongRoPE(Rotary):
         plain = base_frequencies(self.theta, head_dim).to(device)
         unscaled = positions < self.unscaled_tokens
         frequencies = torch.where(unscaled, plain, frequencies)
-        return cos_sin(positions * frequencies, torch.where(unscaled, 1.0, self.attention_factor))
+        return cos_sin(positions * frequencies, torch.where(unscaled, 1.0, self.attention_scaling))
