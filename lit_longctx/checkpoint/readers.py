@@ -52,7 +52,10 @@ READERS = (
     ConsumerProgram(
         "transformers 5",
         "modeling_rope_utils.py, 5.23.0",
-        _keys(NEW, f"{NEW}.rope_theta", (f"{NEW}.factor",)),
+        {
+            **_keys(NEW, f"{NEW}.rope_theta", (f"{NEW}.factor",)),
+            "proportional": _in(NEW, "rope_theta", "partial_rotary_factor", "factor"),
+        },
     ),
     ConsumerProgram(
         "transformers 4",
@@ -110,6 +113,9 @@ def check(config: dict[str, Any]) -> list[str]:
     for reader in READERS:
         if kind in (reader.otherwise or {}):
             lines.append(f"{reader.name} {(reader.otherwise or {})[kind]}")
+            continue
+        if kind not in reader.keys:
+            lines.append(f"{reader.name} ({reader.source}) has no rope_type {kind}")
             continue
         wanted = (key for key in reader.keys[kind] if lookup(config, key) is None)
         if wrong := next(wanted, None):

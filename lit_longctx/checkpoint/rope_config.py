@@ -13,6 +13,7 @@ from lit_longctx.position import (
     Llama3,
     LongRoPE,
     PositionInterpolation,
+    ProportionalRoPE,
     RoPE,
     Rotary,
     YaRN,
@@ -22,7 +23,9 @@ from lit_longctx.position.scheme import THETA, PositionScheme
 
 SCHEMES = {
     str(scheme.rope_type): scheme
-    for scheme in (RoPE, PositionInterpolation, DynamicNTK, YaRN, Llama3, LongRoPE)
+    for scheme in (
+        *(RoPE, PositionInterpolation, DynamicNTK, YaRN, Llama3, LongRoPE, ProportionalRoPE),
+    )
 }
 """By Hugging Face's rope_type."""
 INERT = {"finetuned"}

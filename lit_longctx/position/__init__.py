@@ -2,6 +2,7 @@
 
 from lit_longctx.position.longrope import LongRoPE
 from lit_longctx.position.nope import NoPE
+from lit_longctx.position.partial import PartialRoPE, ProportionalRoPE
 from lit_longctx.position.rotary import (
     DynamicNTK,
     Llama3,
@@ -21,8 +22,10 @@ __all__ = [
     "LongRoPE",
     "NTKAware",
     "NoPE",
+    "PartialRoPE",
     "PositionInterpolation",
     "PositionScheme",
+    "ProportionalRoPE",
     "RoPE",
     "Rotary",
     "TransformerXL",
