@@ -118,6 +118,11 @@ def _config_of(name: str, llama: Llama, context: int, dtype: torch.dtype) -> dic
                 f"Hugging Face's {family.prefix} has {key} {value}; got {getattr(config, key)}; "
                 f"{KEEP_THE_RUN}"
             )
+    if any(kind.query_temperature for kind in layers.kinds):
+        raise ValueError(
+            f"Hugging Face's {family.prefix} has no query temperature; train without one, or "
+            f"{KEEP_THE_RUN}"
+        )
     windows = sorted({kind.window for kind in layers.kinds if kind.window is not None})
     types = [FULL if kind.window is None else SLIDING for kind in layers.by_layer]
     try:

@@ -12,6 +12,7 @@ from lit_longctx.position.rotary import (
     Rotary,
 )
 from lit_longctx.position.scheme import PositionScheme
+from lit_longctx.position.temperature import QueryTemperature
 from lit_longctx.position.transformer_xl import TransformerXL
 from lit_longctx.position.xpos import XPos
 from lit_longctx.position.yarn import YaRN
@@ -26,6 +27,7 @@ __all__ = [
     "PositionInterpolation",
     "PositionScheme",
     "ProportionalRoPE",
+    "QueryTemperature",
     "RoPE",
     "Rotary",
     "TransformerXL",
