@@ -264,6 +264,25 @@ def test_length_dependent_schemes_look_at_each_document():
             torch.testing.assert_close(code[begin : begin + length], expected, atol=1e-5, rtol=0)
 
 
+def test_longrope2_keeps_short_documents_as_its_authors_config_does():
+    """Two documents of a row against transformers, whose short_factor is a list of ones."""
+    far = [1.0 + i for i in range(16)]
+    scheme = LongRoPE(5e5, factor=4, original_context=8, long_factor=far)
+    rope = {"rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 8}
+    rope |= {"short_factor": [1.0] * 16, "long_factor": far}
+    starts = torch.zeros(1, 26, dtype=torch.bool)
+    starts[0, [0, 6]] = True
+    places = torch.cat([torch.arange(6), torch.arange(20)])[None]
+    code = scheme.encode(places, 32, documents_from_starts(starts))[0]
+    for begin, length in ((0, 6), (6, 20)):
+        frequencies, factor = theirs(32, 32, length, rope_type="longrope", **rope)
+        assert torch.equal(scheme.frequencies(32, length), frequencies)
+        angles = torch.outer(torch.arange(length).float(), frequencies)
+        expected = torch.cat([angles.cos(), angles.sin()], -1) * factor
+        assert_near("LongRoPE2: code", code[begin : begin + length], expected, atol=1e-6)
+    assert scheme.to_rope(32) == {"rope_type": "longrope", **rope}
+
+
 def test_longrope_leaves_the_first_places_alone():
     lists = {"short_factor": [2.0] * 16, "long_factor": [4.0] * 16}
     scheme = LongRoPE(factor=4, original_context=100, unscaled_tokens=3, **lists)
