@@ -5,8 +5,10 @@ from lit_longctx.position import (
     Llama3,
     LongRoPE,
     NTKAware,
+    PartialRoPE,
     PositionInterpolation,
     PositionScheme,
+    ProportionalRoPE,
     RoPE,
     TransformerXL,
     XPos,
@@ -15,7 +17,7 @@ from lit_longctx.position import (
 
 
 def every_scheme(head_dim: int) -> list[PositionScheme]:
-    """All nine, for heads of this width."""
+    """All eleven, for heads of this width."""
     pairs = head_dim // 2
     lists = {"short_factor": [1.0] * pairs, "long_factor": [1.5 + i for i in range(pairs)]}
     return [
@@ -26,6 +28,8 @@ def every_scheme(head_dim: int) -> list[PositionScheme]:
         YaRN(factor=4, original_context=64),
         Llama3(factor=4, original_context=64),
         LongRoPE(factor=4, original_context=10, unscaled_tokens=2, **lists),
+        PartialRoPE(partial_rotary_factor=0.5),
+        ProportionalRoPE(partial_rotary_factor=0.5),
         XPos(),
         TransformerXL(distance_dim=8),
     ]

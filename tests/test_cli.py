@@ -139,7 +139,8 @@ WINDOW, BATCH_TOKENS = ["--data.init_args.window"], ["--data.init_args.batch_tok
             [
                 "position",
                 "no class named Foo; expected one of DynamicNTK, Llama3, LongRoPE, NTKAware, NoPE, "
-                "PositionInterpolation, RoPE, TransformerXL, XPos, YaRN",
+                "PartialRoPE, PositionInterpolation, ProportionalRoPE, RoPE, TransformerXL, XPos, "
+                "YaRN",
             ],
         ),
         (

@@ -203,6 +203,11 @@ def test_config_json_as_transformers_4_wrote_it(family: str, given: dict[str, An
         ("olmo3", {"layer_types": ["full_attention"] * 3}, "expected 4 times full_attention or"),
         ("olmo3", {"rope_theta": 1e4}, "rope_theta is 10000.0, which transformers 5 ignores"),
         ("olmo3", {"rope_parameters": PLAIN}, "rope_parameters has no full_attention"),
+        (
+            "olmo3",
+            {"rope_parameters": {"full_attention": {**YARN, "truncate": False}}},
+            "rope key truncate false cannot be represented by type of layer",
+        ),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for 4 layers"),
     ],
 )
@@ -224,6 +229,7 @@ def of_llama(layers: Layers, **given: Any) -> Llama:
     return llama
 
 
+ROUNDED = YaRN(1e4, factor=2, original_context=32, truncate=False)
 ROTARY, LOCAL, NONE = LayerKind(RoPE(1e4)), LayerKind(RoPE(1e4), 5), LayerKind(NoPE())
 
 
@@ -264,6 +270,11 @@ def test_a_llama_whose_layers_changed_is_exported_as_the_family_that_has_them(
             Layers((LOCAL, LayerKind(RoPE(1e4), 6)), (0, 1, 0, 1)),
             {},
             r"Hugging Face's Llama cannot represent layers that differ: 2 × .* keep the run folder",
+        ),
+        (
+            Layers((LOCAL, LayerKind(ROUNDED)), (0, 1, 0, 1)),
+            {"qk_norm": "width", "norm_placement": "after", "model_type": "olmo3"},
+            "Olmo3 cannot represent layers that differ: .* truncate false .* keep the run folder",
         ),
         (
             Layers((ROTARY,), (0,) * 4),

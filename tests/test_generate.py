@@ -23,13 +23,17 @@ from lit_longctx.generate import TextStream, generate_text, stream
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.model.attention import AttnImplementation
 from lit_longctx.model.cache import Cache
+from lit_longctx.model.layers import LayerKind, LayerPattern
 from lit_longctx.position import (
     DynamicNTK,
     Llama3,
     LongRoPE,
     NTKAware,
+    PartialRoPE,
     PositionInterpolation,
     PositionScheme,
+    ProportionalRoPE,
+    QueryTemperature,
     RoPE,
     TransformerXL,
     XPos,
@@ -67,8 +71,14 @@ SCHEMES = [
         original_context=55,
         unscaled_tokens=8,
     ),
+    PartialRoPE(100.0, partial_rotary_factor=0.5),
+    ProportionalRoPE(100.0, partial_rotary_factor=0.5),
     XPos(100.0, scale_base=8.0, centre=30),
     TransformerXL(100.0, distance_dim=8),
+    LayerPattern(
+        ["hotter"],
+        {"hotter": LayerKind(RoPE(100.0), 20, query_temperature=QueryTemperature(8, 0.5))},
+    ),
 ]
 every_scheme = pytest.mark.parametrize("position", SCHEMES, ids=lambda p: type(p).__name__)
 kinds_of_schemes = pytest.mark.parametrize(
@@ -85,7 +95,7 @@ kinds_of_schemes = pytest.mark.parametrize(
 
 
 def model(
-    position: PositionScheme | None = None,
+    position: PositionScheme | LayerPattern | None = None,
     config: LlamaConfig = CONFIG,
     attn_implementation: AttnImplementation = "sdpa",
 ) -> Llama:

@@ -15,6 +15,7 @@ from lit_longctx.position import (
     Llama3,
     LongRoPE,
     NTKAware,
+    PartialRoPE,
     PositionInterpolation,
     RoPE,
     XPos,
@@ -55,7 +56,21 @@ def ropes(head_dim):
         "default": {"rope_type": "default", "rope_theta": 5e5},
         "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
         "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        "proportional": {
+            "rope_type": "proportional",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.25,
+        },
         "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, **original},
+        "yarn, every key": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "truncate": False,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.4,
+            **original,
+        },
         "llama3": {
             "rope_type": "llama3",
             "rope_theta": 5e5,
@@ -153,11 +168,9 @@ def test_v4_and_v5_forms_agree(rope):
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        ({"rope_type": "proportional"}, "rope_type 'proportional' cannot be represented"),
+        ({"rope_type": "axial"}, "rope_type 'axial' cannot be represented"),
         ({"rope_type": "default", "mystery": 1}, "rope key mystery cannot be represented"),
-        ({"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0}, "attention_factor 1.0 can"),
         ({"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}, "rope key mscale cannot"),
-        ({"rope_type": "yarn", "factor": 4.0, "truncate": False}, "truncate false cannot"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_type": "linear"}, "factor"),
     ],
@@ -178,6 +191,10 @@ def test_an_attention_factor_that_says_nothing_new_is_accepted():
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
+        (
+            PartialRoPE(partial_rotary_factor=0.5),
+            "partial_rotary_factor 0.5; train with ProportionalRoPE, or keep the run folder",
+        ),
         (XPos(), "cannot represent XPos; train with a scheme that it has, or keep the run folder"),
         (
             LongRoPE(factor=4, original_context=32, unscaled_tokens=4, **lists(16)),

@@ -11,7 +11,8 @@ from lit_longctx.batch import pack
 from lit_longctx.decoding import reading
 from lit_longctx.model import Llama, LlamaConfig, initial_weight
 from lit_longctx.model.cache import Cache
-from lit_longctx.position import PositionScheme, RoPE
+from lit_longctx.model.layers import LayerKind, LayerPattern
+from lit_longctx.position import NoPE, PositionScheme, QueryTemperature, RoPE
 
 transformers = pytest.importorskip("transformers")
 
@@ -63,7 +64,8 @@ def test_logits_equal_transformers(kind):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-SCHEMES = every_scheme(12)
+HOTTER = LayerKind(NoPE(), query_temperature=QueryTemperature(floor_scale=4))
+SCHEMES = [*every_scheme(12), LayerPattern(["hotter"], {"hotter": HOTTER})]
 all_schemes = pytest.mark.parametrize("position", SCHEMES, ids=lambda p: type(p).__name__)
 
 

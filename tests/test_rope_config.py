@@ -18,6 +18,7 @@ from lit_longctx.position import (
     LongRoPE,
     NTKAware,
     PositionInterpolation,
+    ProportionalRoPE,
     RoPE,
     YaRN,
 )
@@ -42,6 +43,7 @@ LISTS = {
 ROPES = {
     "default": {},
     "linear": {"factor": 4.0},
+    "proportional": {"partial_rotary_factor": 0.3, "factor": 2.0},
     "dynamic": {"factor": 2.0},
     "yarn": {"factor": 4.0, ORIGINAL: 1024},
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 1024},
@@ -61,7 +63,7 @@ def assert_same_as_transformers(folder, position):
         theirs(torch.zeros(1), torch.tensor([[length - 1]]))
         ours = position.frequencies(16, length)
         torch.testing.assert_close(ours, theirs.inv_freq.float(), rtol=1e-6, atol=0)
-    assert isclose(position.attention_factor, theirs.attention_scaling, rel_tol=1e-6)
+    assert isclose(position.attention_scaling, theirs.attention_scaling, rel_tol=1e-6)
 
 
 def spelled(kind, place, key, theta, original):
@@ -115,6 +117,25 @@ YARN = {"rope_type": "yarn", "factor": 4.0, ORIGINAL: 1024}
 
 
 @pytest.mark.parametrize(
+    ("keys", "fields"),
+    [
+        ({"mscale": 1.0, "mscale_all_dim": 0}, {}),
+        ({"mscale": 1.0, "mscale_all_dim": 1e-9}, {}),
+        ({"attention_factor": 1.138629436112, "mscale": 0.7}, {}),
+        ({"truncate": False}, {"truncate": False}),
+        ({"mscale": 1.0, "mscale_all_dim": 1.0}, {"mscale": 1.0, "mscale_all_dim": 1.0}),
+        ({"attention_factor": 1.0, "mscale": 2.0}, {"attention_factor": 1.0}),
+    ],
+    ids=str,
+)
+def test_keys_of_yarn_are_fields_unless_they_tell_the_default(keys, fields, tmp_path):
+    expected = YaRN(1e4, factor=4.0, original_context=1024, **fields)
+    found = read(tmp_path, {"rope_scaling": {**YARN, **keys}})
+    assert found == expected
+    assert_same_as_transformers(tmp_path, found)
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
         (
@@ -147,8 +168,14 @@ YARN = {"rope_type": "yarn", "factor": 4.0, ORIGINAL: 1024}
             {"rope_scaling": {"rope_type": "longrope", **LISTS, "short_factor": [None] * 8}},
             "rope key short_factor is None",
         ),
-        ({"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}, "mscale cannot be"),
+        ({"rope_scaling": {**YARN, "mscale": 0.7}}, "rope key mscale cannot be"),
         ({"rope_scaling": {**YARN, "mscale_all_dim": 0.7}}, "mscale_all_dim cannot be"),
+        ({"rope_scaling": {**YARN, "truncate": 0}}, "truncate is 0, expected true or false"),
+        ({"rope_scaling": {**YARN, "attention_factor": 0}}, "attention_factor must be a finite"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "truncate": False}},
+            "rope key truncate cannot be represented with rope_type linear",
+        ),
         ({"rope_scaling": {**YARN, "rope_type": "llama3"}}, "low_freq_factor is missing"),
         ({"rope_interleaved": True}, "key rope_interleaved True cannot be represented"),
         ({"rotary_pct": 0.25}, "key rotary_pct 0.25 cannot be represented"),
@@ -168,10 +195,25 @@ SCHEMES = {
     "PI": PositionInterpolation(1e4, factor=4),
     "NTKAware": NTKAware(1e4, factor=4),
     "DynamicNTK": DynamicNTK(1e4, factor=2, original_context=512),
+    "ProportionalRoPE": ProportionalRoPE(1e4, partial_rotary_factor=0.3, factor=2),
     "YaRN": YaRN(1e5, factor=4, original_context=512, beta_fast=16),
+    "YaRN, truncate": YaRN(1e5, factor=4, original_context=512, truncate=False),
+    "YaRN, mscale": YaRN(1e5, factor=4, original_context=512, mscale=0.7, mscale_all_dim=0.4),
+    "YaRN, attention_factor": YaRN(1e5, factor=4, original_context=512, attention_factor=0.9),
     "Llama3": Llama3(5e5, factor=8, original_context=512),
     "LongRoPE": LongRoPE(1e4, factor=4, original_context=512, **LISTS),
 }
+
+
+NAMED = {
+    "DynamicNTK": 2,
+    "LongRoPE": 2,
+    "ProportionalRoPE": 4,
+    "YaRN, truncate": 2,
+    "YaRN, mscale": 4,
+    "YaRN, attention_factor": 2,
+}
+"""Lines on programs that read another model."""
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -179,24 +221,28 @@ def test_every_program_finds_the_keys_where_it_looks(name, tmp_path):
     llama = Llama(LlamaConfig(**SHAPE), SCHEMES[name])
     config = config_json(llama, 2048, torch.float32)
     lines = readers.check(config)
-    assert len(lines) == (2 if name in ("DynamicNTK", "LongRoPE") else 0)
+    assert len(lines) == NAMED.get(name, 0)
     for reader in readers.READERS:
-        for key in reader.keys[config["rope_parameters"]["rope_type"]]:
+        for key in reader.keys.get(config["rope_parameters"]["rope_type"], ()):
             field = key.rsplit(".", 1)[-1]
             expected = {
                 **SCHEMES[name].to_rope(16),
                 "max_position_embeddings": 512 if name == "DynamicNTK" else 2048,
-                "attention_factor": SCHEMES[name].attention_factor,
+                "attention_factor": SCHEMES[name].attention_scaling,
             }
             assert readers.lookup(config, key) == expected[field], (reader.name, key)
     again = load_pretrained(export_pretrained(llama, tmp_path / "out", context=2048))
     assert again.position == read(tmp_path, config)
 
 
-def test_a_key_that_a_program_would_misread_is_named():
-    config = config_json(Llama(LlamaConfig(**SHAPE), SCHEMES["YaRN"]), 2048, torch.float32)
-    config["rope_parameters"]["attention_factor"] = 1.1
-    with pytest.raises(ValueError, match=r"llama.cpp would misread rope_parameters.attention_fac"):
+def test_a_program_that_would_misread_a_key_is_named():
+    config = config_json(
+        Llama(LlamaConfig(**SHAPE), SCHEMES["YaRN, attention_factor"]), 2048, torch.float32
+    )
+    own = "llama.cpp multiplies attention_factor with an attention factor of its own"
+    assert readers.check(config) == ["vLLM does not read attention_factor", own]
+    del config["rope_parameters"]["beta_fast"]
+    with pytest.raises(ValueError, match=r"5 would misread rope_parameters.beta_fast"):
         readers.check(config)
 
 
@@ -217,7 +263,7 @@ def test_longrope_at_another_context_keeps_its_attention_factor(tmp_path):
     assert load_pretrained(tmp_path / "out").position == llama.position
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     scales = [config["rope_scaling"][key] for key in ("short_mscale", "long_mscale")]
-    assert scales == [llama.position.attention_factor] * 2  # vLLM reads these
+    assert scales == [llama.position.attention_scaling] * 2  # vLLM reads these
 
 
 VERSIONS = {
@@ -250,8 +296,10 @@ def test_other_versions_of_transformers_read_the_same_model(version, tmp_path):
         pytest.skip(f"transformers {version} cannot be installed here")
     folders = {}
     for name, scheme in SCHEMES.items():
+        if (version, name) == ("4.51.3", "YaRN, truncate") or name == "ProportionalRoPE":
+            continue  # an export says so
         llama = Llama(LlamaConfig(**SHAPE), scheme)
-        for context in (2048,) if name == "YaRN" else (2048, 4096):
+        for context in (2048,) if name.startswith("YaRN") else (2048, 4096):
             folder = export_pretrained(llama, tmp_path / f"{name}-{context}", context=context)
             folders[str(folder)] = scheme
     ran = subprocess.run(
@@ -264,7 +312,7 @@ def test_other_versions_of_transformers_read_the_same_model(version, tmp_path):
     assert told == version, ran.stderr
     for folder, scheme in folders.items():
         attention, lengths = found[folder]
-        assert isclose(attention, scheme.attention_factor, rel_tol=1e-6), folder
+        assert isclose(attention, scheme.attention_scaling, rel_tol=1e-6), folder
         for length, frequencies in lengths.items():
             expected = scheme.frequencies(16, int(length))
             torch.testing.assert_close(torch.tensor(frequencies), expected, rtol=1e-6, atol=0)

@@ -10,7 +10,7 @@ from lit_longctx.checkpoint.trust import Untrusted, scheme_named
 from lit_longctx.json_file import error_text, read_object
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.model.layers import LayerKind, LayerPattern, Layers
-from lit_longctx.position import PositionScheme
+from lit_longctx.position import PositionScheme, QueryTemperature
 
 MODEL = "model.json"
 """File in a run's checkpoint that describes the model: config, position scheme, trained context."""
@@ -35,7 +35,18 @@ def describe_layers(layers: Layers) -> dict[str, Any]:
 
 
 def _describe_kind(kind: LayerKind) -> dict[str, Any]:
-    return {"position": describe_position(kind.position), "window": kind.window}
+    found = {"position": describe_position(kind.position), "window": kind.window}
+    temperature = kind.query_temperature
+    return {**found, "query_temperature": asdict(temperature)} if temperature else found
+
+
+def _kind(description: dict[str, Any]) -> LayerKind:
+    temperature = description.get("query_temperature")
+    return LayerKind(
+        _scheme(description["position"]),
+        description["window"],
+        temperature and QueryTemperature(**temperature),
+    )
 
 
 def describe_position(position: PositionScheme | LayerPattern) -> dict[str, Any]:
@@ -86,7 +97,7 @@ def read_layers(description: dict[str, Any], config: LlamaConfig) -> Layers:
         return Layers.uniform(_scheme(description["position"]), config.num_hidden_layers)
     kinds = description["layers"]["kinds"]
     return Layers(
-        tuple(LayerKind(_scheme(kind["position"]), kind["window"]) for kind in kinds),
+        tuple(_kind(kind) for kind in kinds),
         tuple(description["layers"]["kind_of"]),
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from lit_longctx.checkpoint.rope_config import read_position, rope_keys
+from lit_longctx.checkpoint.rope_config import check_by_type, read_position, rope_keys
 from lit_longctx.model import LlamaConfig
 from lit_longctx.model.layers import LayerKind, Layers
 from lit_longctx.position import NoPE, PositionScheme, RoPE
@@ -143,6 +143,8 @@ def by_type(local: Callable[[Config], float]) -> Callable[..., list[PositionSche
             raise ValueError(f"rope_parameters has no {FULL}; expected settings by type of layer")
         base = theta if told else local(config)
         found = {FULL: read_position(whole, theta), SLIDING: read_position(alone, base)}
+        for scheme in found.values():
+            check_by_type(scheme)
         return [found[kind] for kind in types]
 
     return schemes
@@ -180,6 +182,8 @@ def some_nope_keys(layers: Layers, head_dim: int, context: int) -> Config:
 def typed_keys(layers: Layers, head_dim: int, context: int) -> Config:
     """Return rope_parameters by type of layer, and for older programs those of full layers."""
     found = {}
+    for kind in layers.kinds:
+        check_by_type(kind.position)
     for name in (FULL, SLIDING):
         kinds = [kind for kind in layers.kinds if (kind.window is None) == (name == FULL)]
         found[name] = rope_keys(Layers.of(kinds or list(layers.kinds)).position, head_dim, context)

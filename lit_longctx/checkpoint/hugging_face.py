@@ -118,6 +118,11 @@ def _config_of(name: str, llama: Llama, context: int, dtype: torch.dtype) -> dic
                 f"Hugging Face's {family.prefix} has {key} {value}; got {getattr(config, key)}; "
                 f"{KEEP_THE_RUN}"
             )
+    if any(kind.query_temperature for kind in layers.kinds):
+        raise ValueError(
+            f"Hugging Face's {family.prefix} has no query temperature; train without one, or "
+            f"{KEEP_THE_RUN}"
+        )
     windows = sorted({kind.window for kind in layers.kinds if kind.window is not None})
     types = [FULL if kind.window is None else SLIDING for kind in layers.by_layer]
     try:
@@ -173,7 +178,7 @@ def _is_same(theirs: Any, config: Any, kind: LayerKind, llama: Llama) -> bool:
     name = FULL if kind.window is None else SLIDING
     by_type = hasattr(theirs, f"{name}_inv_freq")
     of, given = (f"{name}_", (name,)) if by_type else ("", ())
-    same = isclose(getattr(theirs, f"{of}attention_scaling"), position.attention_factor)
+    same = isclose(getattr(theirs, f"{of}attention_scaling"), position.attention_scaling)
     for length in (1, 4 * config.max_position_embeddings):  # some schemes differ for long documents
         theirs(torch.zeros(1), torch.tensor([[length - 1]]), *given)
         found = getattr(theirs, f"{of}inv_freq").float()

@@ -23,8 +23,10 @@ class ConsumerProgram:
     """File and version that was looked up."""
     keys: dict[str, tuple[str, ...]]
     """Dotted keys by rope type; every one of them must be there."""
-    absent: tuple[str, ...] = ()
-    """Keys that would be applied a second time."""
+    multiplied: tuple[str, ...] = ()
+    """Keys of YaRN that it multiplies with what it derives itself."""
+    unread: tuple[str, ...] = ()
+    """Keys of YaRN that it does not heed."""
     otherwise: dict[str, str] | None = None
     """Rope types that it reads as another model, and how."""
 
@@ -50,17 +52,27 @@ READERS = (
     ConsumerProgram(
         "transformers 5",
         "modeling_rope_utils.py, 5.23.0",
-        _keys(NEW, f"{NEW}.rope_theta", (f"{NEW}.factor",)),
+        {
+            **_keys(NEW, f"{NEW}.rope_theta", (f"{NEW}.factor",)),
+            "proportional": _in(NEW, "rope_theta", "partial_rotary_factor", "factor"),
+        },
     ),
     ConsumerProgram(
         "transformers 4",
-        "modeling_rope_utils.py, 4.51.3 and 4.57.1",
+        "modeling_rope_utils.py, 4.57.1",
         _keys(OLD, "rope_theta", (ORIGINAL, f"{OLD}.attention_factor")),
+    ),
+    ConsumerProgram(
+        "transformers before 4.55",
+        "modeling_rope_utils.py, 4.51.3",
+        _keys(OLD, "rope_theta", (ORIGINAL, f"{OLD}.attention_factor")),
+        unread=("truncate",),
     ),
     ConsumerProgram(
         "vLLM",
         "model_executor/layers/rotary_embedding/__init__.py, 07b12f1",
         _keys(NEW, f"{NEW}.rope_theta"),
+        unread=("mscale", "mscale_all_dim", "attention_factor"),
         otherwise={
             "dynamic": "stretches every document as one of factor × max_position_embeddings tokens",
             "longrope": "uses the long factors for short documents too, unless max_model_len is "
@@ -71,7 +83,8 @@ READERS = (
         "llama.cpp",
         "conversion/base.py and conversion/llama.py, 0274f0f",
         {**_keys(NEW, f"{NEW}.rope_theta"), "llama3": (*_in(NEW, *LLAMA3), ORIGINAL)},
-        absent=("rope_parameters.attention_factor",),  # multiplies YaRN's own
+        multiplied=("attention_factor",),
+        unread=("truncate", "mscale", "mscale_all_dim"),
         otherwise={
             "dynamic": "reads plain RoPE",
             "longrope": "reads plain RoPE: it has LongRoPE for Phi-3 alone",
@@ -101,8 +114,15 @@ def check(config: dict[str, Any]) -> list[str]:
         if kind in (reader.otherwise or {}):
             lines.append(f"{reader.name} {(reader.otherwise or {})[kind]}")
             continue
+        if kind not in reader.keys:
+            lines.append(f"{reader.name} ({reader.source}) has no rope_type {kind}")
+            continue
         wanted = (key for key in reader.keys[kind] if lookup(config, key) is None)
-        twice = (key for key in reader.absent if lookup(config, key) is not None)
-        if wrong := next(wanted, None) or next(twice, None):
+        if wrong := next(wanted, None):
             raise ValueError(f"{reader.name} would misread {wrong}; this is a bug")
+        if kind == "yarn":
+            told = config[NEW].keys()
+            lines += [f"{reader.name} does not read {k}" for k in reader.unread if k in told]
+            own = "with an attention factor of its own"
+            lines += [f"{reader.name} multiplies {k} {own}" for k in reader.multiplied if k in told]
     return lines

@@ -5,7 +5,7 @@ transformers 4 reads `rope_scaling`, `rope_theta` and, for LongRoPE, a top-level
 `original_max_position_embeddings`. What is read here has one meaning in all of them, or is refused.
 """
 
-from math import isclose, isfinite, log
+from math import isclose, isfinite
 from typing import Any
 
 from lit_longctx.position import (
@@ -13,6 +13,7 @@ from lit_longctx.position import (
     Llama3,
     LongRoPE,
     PositionInterpolation,
+    ProportionalRoPE,
     RoPE,
     Rotary,
     YaRN,
@@ -22,7 +23,9 @@ from lit_longctx.position.scheme import THETA, PositionScheme
 
 SCHEMES = {
     str(scheme.rope_type): scheme
-    for scheme in (RoPE, PositionInterpolation, DynamicNTK, YaRN, Llama3, LongRoPE)
+    for scheme in (
+        *(RoPE, PositionInterpolation, DynamicNTK, YaRN, Llama3, LongRoPE, ProportionalRoPE),
+    )
 }
 """By Hugging Face's rope_type."""
 INERT = {"finetuned"}
@@ -64,8 +67,8 @@ def read_position(config: dict[str, Any], theta: float = THETA) -> Rotary:
     if (partial := rope.pop("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError(f"rope key partial_rotary_factor {partial} cannot be represented")
     _check_attention(position, rope)
-    if rope.pop("truncate", True) is not True:
-        raise ValueError("rope key truncate false cannot be represented")
+    if rope.get("truncate") is True:
+        del rope["truncate"]
     if rope:
         raise ValueError(f"rope key {sorted(rope)[0]} cannot be represented with rope_type {kind}")
     return position
@@ -116,6 +119,8 @@ def _completed(
         if value is not None:
             rope[key] = value
     for key, value in rope.items():
+        if key == "truncate" and not isinstance(value, bool):
+            raise ValueError(f"rope key truncate is {value!r}, expected true or false")
         if key not in ("rope_type", "truncate"):
             _check_number(key, value)
     return rope
@@ -127,20 +132,23 @@ def _check_number(key: str, value: Any) -> None:
             raise ValueError(f"rope key {key} is {number!r}, expected a number")
 
 
+def check_by_type(position: PositionScheme) -> None:
+    """Refuse what programs differ in where rope settings are by type of layer."""
+    if isinstance(position, YaRN) and not position.truncate:
+        raise ValueError(
+            "rope key truncate false cannot be represented by type of layer: transformers 5 looks "
+            "for it beside the types"
+        )
+
+
 def _short(rope: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in sorted(rope.items()) if not isinstance(v, list))
 
 
 def _check_attention(position: Rotary, rope: dict[str, Any]) -> None:
     """Take out the keys that decide the attention factor; ValueError if it is not the scheme's."""
-    own = position.attention_factor
+    own = position.attention_scaling
     told = {key: rope.pop(key) for key in ("attention_factor",) if key in rope}
-    if isinstance(position, YaRN):
-        scales = {key: rope.pop(key, 0.0) for key in ("mscale", "mscale_all_dim")}
-        one, other = (0.1 * scale * log(position.factor) + 1.0 for scale in scales.values())
-        for key, scale in scales.items():
-            if scale and not told and (one / other != own if all(scales.values()) else scale != 1):
-                raise ValueError(f"rope key {key} cannot be represented: {scale}")
     if isinstance(position, LongRoPE):
         told |= {key: rope.pop(key) for key in ("short_mscale", "long_mscale") if key in rope}
     for key, factor in told.items():
@@ -174,9 +182,9 @@ def rope_keys(position: PositionScheme, head_dim: int, context: int) -> dict[str
         reach = position.factor * position.known_context
         fits = isclose(context, reach, rel_tol=1e-6)
         if isinstance(position, LongRoPE):
-            rope["attention_factor"] = position.attention_factor
+            rope["attention_factor"] = position.attention_scaling
             if not fits:  # vLLM's names; it would take the factor from the context
-                rope |= dict.fromkeys(("short_mscale", "long_mscale"), position.attention_factor)
+                rope |= dict.fromkeys(("short_mscale", "long_mscale"), position.attention_scaling)
         elif not fits:
             raise ValueError(
                 f"transformers before 4.56 takes YaRN's factor from the context: expected a "

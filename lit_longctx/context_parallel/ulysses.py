@@ -65,6 +65,7 @@ class ExchangedHeads(KeySource):
             View(
                 kind.position.encode(batch.position_ids, head_dim, batch.documents),
                 backend.prepare(self.documents, self.documents, kind.window),
+                kind.query_factor(batch.position_ids),
             )
             for kind in kinds
         ]

@@ -97,6 +97,7 @@ class GatheredKeys(KeySource):
             View(
                 kind.position.encode(batch.position_ids, head_dim, batch.documents),
                 self._parts(kind.window, backend),
+                kind.query_factor(batch.position_ids),
             )
             for kind in kinds
         ]

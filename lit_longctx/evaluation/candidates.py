@@ -112,4 +112,4 @@ def short(position: PositionScheme | LayerPattern) -> str:
 
 
 def _short_kind(kind: LayerKind) -> str:
-    return short(kind.position) + (f" in windows of {kind.window}" if kind.window else "")
+    return short(kind.position) + kind.told()

@@ -30,6 +30,8 @@ class View(NamedTuple):
     """Position code of every token whose keys a layer computes, float32."""
     mask: Any
     """Which keys each query sees, in the back end's own form."""
+    query_factor: Float[Tensor, "batch inputs 1 1"] | None = None
+    """What queries are multiplied by, float32; None: nothing."""
 
 
 class LayerSource(ABC):
@@ -85,6 +87,7 @@ def make_views(
         View(
             kind.position.encode(position_ids, head_dim, queries),
             backend.prepare(queries, keys, kind.window),
+            kind.query_factor(position_ids),
         )
         for kind in kinds
     ]

@@ -4,21 +4,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from lit_longctx.position import PositionScheme
+from jaxtyping import Float, Num
+from torch import Tensor
+
+from lit_longctx.position import PositionScheme, QueryTemperature
 from lit_longctx.position.scheme import InheritedSettings
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Position scheme and attention window that a group of layers shares."""
+    """Position scheme, attention window and query temperature that a group of layers shares."""
 
     position: PositionScheme
     window: int | None = None
     """Keys that a query may attend to, its own included; None: all of its document so far."""
+    query_temperature: QueryTemperature | None = None
+    """Factor on queries by their position, whatever the scheme; None: 1."""
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be 1 or more; got {self.window}; leave it out for none")
+
+    def query_factor(
+        self, position_ids: Num[Tensor, "batch seq"]
+    ) -> Float[Tensor, "batch seq 1 1"] | None:
+        """Return what the queries of each token are multiplied by, float32; None: nothing."""
+        return self.query_temperature and self.query_temperature.factor(position_ids)
+
+    def told(self) -> str:
+        """Window and query temperature in words, "" without either."""
+        window = f" in windows of {self.window}" if self.window else ""
+        return window + (f" with {self.query_temperature}" if self.query_temperature else "")
 
 
 @dataclass(frozen=True)
@@ -60,8 +76,8 @@ class Layers:
 
     @property
     def are_uniform(self) -> bool:
-        """Whether one scheme and whole documents describe every layer."""
-        return len(self.kinds) == 1 and self.kinds[0].window is None
+        """Whether one scheme says all of every layer."""
+        return len(self.kinds) == 1 and not self.kinds[0].told()
 
     @property
     def position(self) -> PositionScheme:
@@ -126,7 +142,7 @@ class Layers:
             return str(self.kinds[0].position)
         counts = [self.kind_of.count(i) for i in range(len(self.kinds))]
         return ", ".join(
-            f"{count} × {kind.position}" + (f" in windows of {kind.window}" if kind.window else "")
+            f"{count} × {kind.position}{kind.told()}"
             for count, kind in zip(counts, self.kinds, strict=True)
         )
 
@@ -148,7 +164,7 @@ class LayerPattern:
     layers: Sequence[str]
     """Names of kinds, from the first layer to the last of one repetition."""
     kinds: Mapping[str, LayerKind]
-    """Position scheme and window of each name."""
+    """Position scheme, window and query temperature of each name."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))

@@ -59,6 +59,8 @@ class Attention(nn.Module):
         k = self.heads(self.k_proj(x), self.k_norm)
         v = self.heads(self.v_proj(x))
         q, k = self.position(q, k, view.code)
+        if view.query_factor is not None:
+            q = (q * view.query_factor).to(q.dtype)
         kernel: Any = self._kernel
         out = source.attend(q[:, -num_queries:], k, v, view.mask, kernel)
         return self.o_proj(rearrange(out, "batch seq heads dim -> batch seq (heads dim)"))

@@ -1,7 +1,7 @@
 """LongRoPE: a divisor for every pair of features, found by search."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import log, sqrt
 from typing import Any
 
@@ -19,15 +19,17 @@ from lit_longctx.position.scheme import KEEP_THE_RUN, document_lengths
 class LongRoPE(Rotary):
     """A searched divisor for every pair (Ding et al. 2024, arXiv:2402.13753, eq. 3).
 
-    Documents of up to L tokens use `short_factor`, longer ones `long_factor`.
+    Documents of up to L tokens use `short_factor`, longer ones `long_factor`. Without short factors
+    it is LongRoPE2's mixed context windows (Shang et al. 2025, arXiv:2502.20082): short documents
+    keep the original RoPE, also in a row with long ones.
     """
 
     theta: float | None = None
     """Rotary base b; default: the checkpoint's."""
     factor: float = field(kw_only=True)
     """s: longest context over L; decides the attention factor."""
-    short_factor: Sequence[float] = field(kw_only=True)
-    """λ_i for documents of up to L tokens, one per pair."""
+    short_factor: Sequence[float] | None = field(default=None, kw_only=True)
+    """λ_i for documents of up to L tokens, one per pair; default: 1 for all (LongRoPE2)."""
     long_factor: Sequence[float] = field(kw_only=True)
     """λ_i for longer documents, one per pair."""
     original_context: int | None = field(default=None, kw_only=True)
@@ -41,7 +43,8 @@ class LongRoPE(Rotary):
     depends_on_length = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "short_factor", tuple(self.short_factor))
+        if self.short_factor is not None:
+            object.__setattr__(self, "short_factor", tuple(self.short_factor))
         object.__setattr__(self, "long_factor", tuple(self.long_factor))
         super().__post_init__()
 
@@ -52,20 +55,24 @@ class LongRoPE(Rotary):
                 f"Hugging Face cannot represent LongRoPE's unscaled_tokens {self.unscaled_tokens}; "
                 f"train with unscaled_tokens 0, or {KEEP_THE_RUN}"
             )
-        return super().to_rope(head_dim)
+        return super(LongRoPE, replace(self, short_factor=self._short(head_dim))).to_rope(head_dim)
+
+    def _short(self, head_dim: int) -> Sequence[float]:
+        return self.short_factor or (1.0,) * (head_dim // 2)
 
     @property
-    def attention_factor(self) -> float:
+    def attention_scaling(self) -> float:
         """√(1 + ln s / ln L) as its authors' code has it."""
         return sqrt(1 + log(self.factor) / log(self.known_context)) if self.factor > 1 else 1.0
 
     def check(self, head_dim: int) -> None:
         """Raise a ValueError unless there is a divisor for every pair."""
         for name in ("short_factor", "long_factor"):
-            if len(getattr(self, name)) != head_dim // 2:
+            factors = getattr(self, name)
+            if factors is not None and len(factors) != head_dim // 2:
                 raise ValueError(
                     f"{name} must be {head_dim // 2} numbers for head_dim {head_dim}; got "
-                    f"{len(getattr(self, name))}"
+                    f"{len(factors)}"
                 )
 
     def _divided(self, factors: Sequence[float], head_dim: int) -> Float[Tensor, " freq"]:
@@ -76,7 +83,7 @@ class LongRoPE(Rotary):
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
         """θ_i / λ_i; without a length, those of short documents."""
         long = length is not None and length > self.known_context
-        return self._divided(self.long_factor if long else self.short_factor, head_dim)
+        return self._divided(self.long_factor if long else self._short(head_dim), head_dim)
 
     def encode(
         self,
@@ -90,10 +97,10 @@ class LongRoPE(Rotary):
         frequencies = torch.where(
             long,
             self._divided(self.long_factor, head_dim).to(device),
-            self._divided(self.short_factor, head_dim).to(device),
+            self._divided(self._short(head_dim), head_dim).to(device),
         )
         positions = position_ids.unsqueeze(-1).float()
         plain = base_frequencies(self.theta, head_dim).to(device)
         unscaled = positions < self.unscaled_tokens
         frequencies = torch.where(unscaled, plain, frequencies)
-        return cos_sin(positions * frequencies, torch.where(unscaled, 1.0, self.attention_factor))
+        return cos_sin(positions * frequencies, torch.where(unscaled, 1.0, self.attention_scaling))

@@ -8,7 +8,7 @@ Notation: d = head_dim, b = theta, θ_i = b^(−2i/d), wavelength λ_i = 2π/θ_
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from math import ceil, floor, inf, log, pi
+from math import inf, pi
 from typing import Any, ClassVar
 
 import torch
@@ -39,7 +39,10 @@ def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else float(value)
 
 
-POSITIVE = ("theta", "factor", "short_factor", "long_factor", "beta_fast", "beta_slow")
+POSITIVE = (
+    *("theta", "factor", "short_factor", "long_factor", "beta_fast", "beta_slow"),
+    *("mscale", "mscale_all_dim", "attention_factor"),
+)
 """Fields of which no position code follows unless they are finite and above 0."""
 
 
@@ -61,6 +64,8 @@ class Rotary(PositionScheme):
     """Fields that Hugging Face's `rope_parameters` hold."""
     theta: float | None
     original_context: int | None = None
+    attention_factor: float | None = None
+    """The attention factor that is given, in place of what the scheme derives."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -129,9 +134,9 @@ class Rotary(PositionScheme):
         return found
 
     @property
-    def attention_factor(self) -> float:
+    def attention_scaling(self) -> float:
         """Multiplies cos and sin, so that scores grow by its square; 1 for most schemes."""
-        return 1.0
+        return 1.0 if self.attention_factor is None else self.attention_factor
 
     @abstractmethod
     def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
@@ -145,7 +150,7 @@ class Rotary(PositionScheme):
     ) -> Float[Tensor, "batch seq code"]:
         """Return [cos | sin] of every pair's angle, float32."""
         frequencies = self.frequencies(head_dim).to(position_ids.device)
-        return cos_sin(position_ids.unsqueeze(-1).float() * frequencies, self.attention_factor)
+        return cos_sin(position_ids.unsqueeze(-1).float() * frequencies, self.attention_scaling)
 
     def layer(self, num_heads: int, head_dim: int) -> nn.Module:
         """Rotation needs no weights."""
@@ -249,51 +254,7 @@ class DynamicNTK(Rotary):
         exponents = torch.arange(0, head_dim, 2, device=lengths.device, dtype=torch.float32)
         base = (self.base * scale).float().unsqueeze(-1)
         frequencies = 1.0 / base ** (exponents / head_dim)
-        return cos_sin(position_ids.unsqueeze(-1).float() * frequencies, self.attention_factor)
-
-
-@dataclass(frozen=True)
-class YaRN(Rotary):
-    """Fast pairs kept, slow ones interpolated, a ramp between (Peng et al. 2023, arXiv:2309.00071).
-
-    The paper's ramp is linear in L/λ_i (eq. 18); the authors' code, followed here and everywhere,
-    is linear in the pair's index between those that turn beta_fast and beta_slow times in L tokens.
-    """
-
-    theta: float | None = None
-    """Rotary base b; default: the checkpoint's."""
-    factor: float = field(kw_only=True)
-    """s: how many times the original context is wanted."""
-    original_context: int | None = field(default=None, kw_only=True)
-    """L: tokens per sequence the model was trained on; default: as the checkpoint says."""
-    beta_fast: float = 32.0
-    """Pairs that turn more often than this in L tokens are kept as they are."""
-    beta_slow: float = 1.0
-    """Pairs that turn less often than this in L tokens are fully interpolated."""
-
-    rope_type = "yarn"
-    rope_fields = ("theta", "factor", "original_context", "beta_fast", "beta_slow")
-
-    @property
-    def attention_factor(self) -> float:
-        """√(1/t) = 0.1 ln s + 1 (eq. 22)."""
-        return 0.1 * log(self.factor) + 1.0 if self.factor > 1 else 1.0
-
-    def kept(self, head_dim: int) -> Float[Tensor, " freq"]:
-        """Share of each pair's frequency that is kept: 1 for the fastest, 0 for the slowest."""
-        low = max(floor(self._pair(self.beta_fast, head_dim)), 0)
-        high = min(ceil(self._pair(self.beta_slow, head_dim)), head_dim - 1)
-        pairs = torch.arange(head_dim // 2, dtype=torch.float32)
-        return 1 - ((pairs - low) / (high - low or 0.001)).clamp(0, 1)
-
-    def _pair(self, turns: float, head_dim: int) -> float:
-        """Index of the pair that turns so often in L tokens."""
-        return head_dim * log(self.known_context / (turns * 2 * pi)) / (2 * log(self.base))
-
-    def frequencies(self, head_dim: int, length: int | None = None) -> Float[Tensor, " freq"]:
-        """γ_i·θ_i + (1 − γ_i)·θ_i/s, with γ the share kept."""
-        base, kept = base_frequencies(self.theta, head_dim), self.kept(head_dim)
-        return base / self.factor * (1 - kept) + base * kept
+        return cos_sin(position_ids.unsqueeze(-1).float() * frequencies, self.attention_scaling)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ class Rotate(nn.Module):
         self,
         q: Float[Tensor, "batch seq heads head_dim"],
         k: Float[Tensor, "batch seq kv_heads head_dim"],
-        code: Float[Tensor, "batch seq head_dim"],
+        code: Float[Tensor, "batch seq rotary_dim"],
     ) -> tuple[
         Float[Tensor, "batch seq heads head_dim"], Float[Tensor, "batch seq kv_heads head_dim"]
     ]:
@@ -69,9 +69,13 @@ def turn(
     cos: Float[Tensor, "batch seq 1 freq"],
     sin: Float[Tensor, "batch seq 1 freq"],
 ) -> Float[Tensor, "batch seq heads head_dim"]:
-    """(a, b) → (a cos − b sin, b cos + a sin) for the half-split pairs (a, b) of x."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    """(a, b) → (a cos − b sin, b cos + a sin) for the half-split pairs (a, b) of x.
+
+    Features beyond the first 2·freq stay as they are.
+    """
+    width = cos.shape[-1]
+    a, b, *rest = x.tensor_split((width, 2 * width), dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, *rest], dim=-1)
 
 
 def cos_sin(

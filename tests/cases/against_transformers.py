@@ -34,7 +34,7 @@ def same_positions(folder: Path, *refused: str) -> None:
     torch.testing.assert_close(
         position.frequencies(config.head_width), theirs.inv_freq.float(), rtol=1e-5, atol=0
     )
-    assert abs(position.attention_factor - theirs.attention_scaling) < 1e-6
+    assert abs(position.attention_scaling - theirs.attention_scaling) < 1e-6
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def close(scheme, head_dim, expected, length=None):
     assert found.dtype == torch.float32
     name = type(scheme).__name__
     assert_near(f"{name}: frequencies, transformers", found, frequencies, rtol=1e-6)
-    assert scheme.attention_factor == pytest.approx(factor, rel=1e-12)
+    assert scheme.attention_scaling == pytest.approx(factor, rel=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -100,6 +101,50 @@ def test_against_transformers(case):
         assert torch.equal(scheme.frequencies(dim, length), expected[0])  # the order of divisions
 
 
+YARN_KEYS = [
+    {},
+    {"mscale": 0.707, "mscale_all_dim": 0.3},
+    {"mscale": 1.0, "mscale_all_dim": 1.0},
+    {"attention_factor": 0.9},
+]
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize("keys", YARN_KEYS, ids=str)
+def test_every_key_of_yarn_against_transformers(keys, truncate):
+    for case in CASES[:8]:
+        dim, theta, s, context = case["head_dim"], case["theta"], case["factor"], case["context"]
+        rope = {"rope_theta": theta, "factor": s, "original_max_position_embeddings": context}
+        for betas in ({}, {"beta_fast": 16.0, "beta_slow": 2.0}):
+            asked = {**rope, **keys, **betas, "truncate": truncate}
+            expected = theirs(dim, int(context * s), rope_type="yarn", **asked)
+            scheme = YaRN(
+                theta, factor=s, original_context=context, truncate=truncate, **keys, **betas
+            )
+            close(scheme, dim, expected)
+            rounded = replace(scheme, truncate=not truncate).frequencies(dim)
+            assert not torch.equal(rounded, scheme.frequencies(dim))
+            assert scheme.attention_scaling == expected[1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"mscale": 0.7}, "mscale and mscale_all_dim go together; got one; give both or neither"),
+        ({"mscale_all_dim": 0.7}, "mscale and mscale_all_dim go together"),
+        (
+            {"mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": 1.0},
+            "got attention_factor and mscale; give one",
+        ),
+        ({"attention_factor": 0.0}, "attention_factor must be a finite number above 0; got 0.0"),
+    ],
+    ids=str,
+)
+def test_what_leaves_yarns_attention_factor_open_is_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        YaRN(factor=4, original_context=4096, **keys)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_against_closed_forms_in_float64(case):
     dim, theta, s = case["head_dim"], case["theta"], case["factor"]
@@ -131,7 +176,7 @@ def test_yarn_against_its_authors(case):
     expected = torch.tensor(case["inv_freq"])
     found = scheme.frequencies(case["head_dim"])
     assert_near("YaRN: frequencies, its authors' code", found, expected, rtol=1e-6)
-    assert scheme.attention_factor == pytest.approx(case["attention_factor"], rel=1e-12)
+    assert scheme.attention_scaling == pytest.approx(case["attention_factor"], rel=1e-12)
 
 
 def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones():
@@ -215,8 +260,27 @@ def test_length_dependent_schemes_look_at_each_document():
         code = scheme.encode(places, 32, documents)[0]
         for begin, length in ((0, 6), (6, 20), (26, 9)):
             angles = torch.outer(torch.arange(length).float(), scheme.frequencies(32, length))
-            expected = torch.cat([angles.cos(), angles.sin()], -1) * scheme.attention_factor
+            expected = torch.cat([angles.cos(), angles.sin()], -1) * scheme.attention_scaling
             torch.testing.assert_close(code[begin : begin + length], expected, atol=1e-5, rtol=0)
+
+
+def test_longrope2_keeps_short_documents_as_its_authors_config_does():
+    """Two documents of a row against transformers, whose short_factor is a list of ones."""
+    far = [1.0 + i for i in range(16)]
+    scheme = LongRoPE(5e5, factor=4, original_context=8, long_factor=far)
+    rope = {"rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 8}
+    rope |= {"short_factor": [1.0] * 16, "long_factor": far}
+    starts = torch.zeros(1, 26, dtype=torch.bool)
+    starts[0, [0, 6]] = True
+    places = torch.cat([torch.arange(6), torch.arange(20)])[None]
+    code = scheme.encode(places, 32, documents_from_starts(starts))[0]
+    for begin, length in ((0, 6), (6, 20)):
+        frequencies, factor = theirs(32, 32, length, rope_type="longrope", **rope)
+        assert torch.equal(scheme.frequencies(32, length), frequencies)
+        angles = torch.outer(torch.arange(length).float(), frequencies)
+        expected = torch.cat([angles.cos(), angles.sin()], -1) * factor
+        assert_near("LongRoPE2: code", code[begin : begin + length], expected, atol=1e-6)
+    assert scheme.to_rope(32) == {"rope_type": "longrope", **rope}
 
 
 def test_longrope_leaves_the_first_places_alone():
@@ -263,15 +327,15 @@ def test_shift_invariance_is_as_good_as_ropes_own(name, shift):
         (score(RoPE(), shift, torch.bfloat16, i) - score(RoPE(), 0, torch.bfloat16, i)).abs().max()
         for i in range(4)
     )
-    assert own <= 1.5 * baseline * scheme.attention_factor**2
+    assert own <= 1.5 * baseline * scheme.attention_scaling**2
 
 
 def test_attention_factors_of_the_literature():
     for s, expected in ((4, 1.1386), (8, 1.2079), (16, 1.2773), (32, 1.3466)):
-        found = YaRN(factor=s, original_context=4096).attention_factor
+        found = YaRN(factor=s, original_context=4096).attention_scaling
         assert found == pytest.approx(expected, abs=5e-5)
     lists = {"short_factor": [1.0], "long_factor": [1.0]}
-    found = LongRoPE(factor=4, original_context=4096, **lists).attention_factor
+    found = LongRoPE(factor=4, original_context=4096, **lists).attention_scaling
     assert found == pytest.approx(math.sqrt(1 + math.log(4) / math.log(4096)))
 
 

@@ -19,7 +19,16 @@ from lit_longctx.context_parallel import apply_context_parallel, context_paralle
 from lit_longctx.context_parallel.balance import balanced
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.model.layers import LayerKind, Layers
-from lit_longctx.position import DynamicNTK, LongRoPE, NoPE, RoPE, TransformerXL, XPos, YaRN
+from lit_longctx.position import (
+    DynamicNTK,
+    LongRoPE,
+    NoPE,
+    QueryTemperature,
+    RoPE,
+    TransformerXL,
+    XPos,
+    YaRN,
+)
 from lit_longctx.training import parallel
 from lit_longctx.training.activations import apply_levers
 from lit_longctx.training.fit import fill_in_launcher
@@ -35,7 +44,9 @@ POSITIONS = {
     "LongRoPE": LongRoPE(factor=4, original_context=10, unscaled_tokens=2, **FACTORS),
     "XPos": XPos(),
     "TransformerXL": TransformerXL(distance_dim=8),
-    "local window": Layers((LayerKind(RoPE(), 9), LayerKind(NoPE(), 40)), (0, 1)),
+    "local window": Layers(
+        (LayerKind(RoPE(), 9), LayerKind(NoPE(), 40, QueryTemperature(8, 0.5))), (0, 1)
+    ),
 }
 HEADS = {"MHA": (6, 6), "GQA": (6, 3), "MQA": (6, 1)}
 LAYOUTS = (
