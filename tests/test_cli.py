@@ -98,6 +98,7 @@ def test_a_key_of_earlier_configs_is_refused_with_its_new_name():
     assert ran.err.endswith("activation_checkpointing is now called recompute, block for true\n")
 
 
+@pytest.mark.fast_cases(7)
 @pytest.mark.parametrize(
     ("arguments", "culprits"),
     [

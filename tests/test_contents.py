@@ -98,6 +98,7 @@ def test_a_tokenizer_that_a_folder_lists_is_compared_whoever_opens_it(tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_leaves_its_tokenizer_as_it_is(run: Path):
     before = (run / "tokenizer").stat().st_mtime_ns
     runs.fit(run, "--ckpt_path", "last", "--trainer.max_steps", 31).succeeded()

@@ -208,6 +208,7 @@ def test_a_cache_without_a_plan_grows():
         torch.testing.assert_close(torch.cat(parts, 1), llama.logits(reading(ids)))
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("position", SCHEMES[:5], ids=lambda p: type(p).__name__)
 def test_greedy_is_that_of_transformers_on_the_exported_folder(
     position: PositionScheme, tmp_path: Path

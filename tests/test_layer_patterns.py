@@ -92,6 +92,7 @@ def test_a_pattern_that_cannot_be_read_is_refused_in_one_line(
     assert "abstract" not in line
 
 
+@pytest.mark.slow
 def test_one_scheme_on_a_checkpoint_of_windows_leaves_the_windows(run_of_a_pattern: runs.Ran):
     opened = open_checkpoint(run_of_a_pattern.folder)
     assert opened.layers_with(RoPE()) == Layers((LOCAL, LayerKind(RoPE(1e4))), (0, 1))

@@ -532,6 +532,7 @@ def checkpoint(tmp_path):
     return llama, export_pretrained(llama, tmp_path / "hf", tokenizer=ByteTokenizer())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_continues_the_prompt_as_its_chat_template_has_it(checkpoint):
     llama, folder = checkpoint
     model = Checkpoint(str(folder), max_tokens=24, temperature=1.0, top_p=0.9)

@@ -127,6 +127,7 @@ def thousand(tmp_path_factory):
     return folder, lengths, tokens
 
 
+@pytest.mark.slow
 def test_the_ledger_of_both_packings_is_exact(thousand):
     folder, lengths, tokens = thousand
     joined = Windows(folder, "train", 8192)

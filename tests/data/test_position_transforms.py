@@ -142,6 +142,7 @@ def test_skip_align_skips_only_where_its_mode_allows(mode):
     assert skipped > 300
 
 
+@pytest.mark.slow
 def test_skip_align_draws_shifts_evenly_and_sorts_them():
     answers = torch.zeros(4000, 10, dtype=torch.bool)
     answers[:, [3, 4, 7]] = True  # two answers: boundaries before tokens 3 and 7

@@ -520,6 +520,7 @@ def steps(folder, workers):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_pretraining_reads_the_same_batches(uploaded, local, cache, workers, monkeypatch):
     monkeypatch.setenv("LIT_LONGCTX_CACHE", str(cache))

@@ -415,6 +415,7 @@ def test_a_torn_checkpoint_without_a_whole_one_beside_it_is_refused_by_both_proc
     assert line.endswith("there is no whole one beside it")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [alter, pytest.param(never_finish, marks=pytest.mark.slow)])
 def test_last_goes_on_from_the_newest_whole_one_and_says_so(
     damage: Callable[[Path], str], run_folder: Path

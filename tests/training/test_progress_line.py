@@ -89,6 +89,7 @@ def test_mfu_is_of_the_tokens_that_the_speed_is_of(
             assert per_token == pytest.approx(float(getattr(flops, name)) / tokens, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_within_a_slow_step_the_micro_batches_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -101,6 +102,7 @@ def test_within_a_slow_step_the_micro_batches_are_counted(
     assert sum(" loss " in line for line in said) == 2
 
 
+@pytest.mark.slow
 def test_of_slow_steps_the_last_before_30_seconds_are_over_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -86,6 +86,7 @@ def test_a_resume_goes_on_with_the_same_losses(tmp_path: Path):
     compare(folder, alone("longalign"))
 
 
+@pytest.mark.slow
 def test_means_differ_and_held_out_loss_is_that_of_answers():
     losses = {}
     for mean in ("token", "longalign"):

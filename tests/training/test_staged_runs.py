@@ -112,6 +112,7 @@ def test_validation_has_the_window_of_the_stage_being_trained(staged: tuple[list
     assert steps["val/loss_pos/256-512"] == [20, 30]
 
 
+@pytest.mark.slow
 def test_validation_of_a_checkpoint_uses_the_theta_it_was_trained_with(
     staged: tuple[list[str], runs.Ran], tmp_path: Path
 ):
