@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 import yaml
@@ -34,7 +34,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_longctx.batch import StepBatch
 
-T = TypeVar("T")
+P, T = ParamSpec("P"), TypeVar("T")
 WINDOW = 256
 BATCH = 8
 """Windows per optimizer step."""
@@ -60,19 +60,22 @@ def workshop() -> Path:
     return folder
 
 
-def shared(make: Callable[[], T]) -> Callable[[], T]:
-    """Call a function once in a session; the workers that come later read what it returned."""
+def shared(make: Callable[P, T]) -> Callable[P, T]:
+    """Call a function once in a session; the workers that come later read what it returned.
+
+    Once for each of its arguments, which must be hashable, and whose text belongs to a file's name.
+    """
 
     @cache
-    def made() -> T:
-        file = workshop() / f"{make.__name__}.pickle"
+    def made(*given: P.args, **named: P.kwargs) -> T:
+        file = workshop() / f"{'-'.join(map(str, (make.__name__, *given)))}.pickle"
         with file.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not file.exists():
-                file.write_bytes(pickle.dumps(make()))
+                file.write_bytes(pickle.dumps(make(*given, **named)))
         return pickle.loads(file.read_bytes())
 
-    return made
+    return cast(Callable[P, T], made)
 
 
 def documents(seed: int, number: int) -> list[str]:

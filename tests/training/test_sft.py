@@ -1,7 +1,6 @@
 """Fine-tuning through the command line: one process or more, other micro-batches, a resume."""
 
 import json
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,7 +45,7 @@ def fit(folder: Path, mean: str, size: int, ranks: int = 1, *more: str) -> Path:
     return runs.run(*arguments, folder=folder, ranks=ranks).succeeded().folder
 
 
-@cache
+@runs.shared
 def alone(mean: str) -> Path:
     return fit(runs.workshop() / f"sft-{mean}", mean, 8)
 
