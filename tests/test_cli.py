@@ -393,7 +393,8 @@ def test_the_run_folders_config_is_the_resolved_one():
     assert content["model"]["init_args"]["learning_rate"] == 3e-3
     assert content["data"]["init_args"]["window"] == runs.WINDOW
     assert content["trainer"]["max_steps"] == 30
-    assert content["checkpoints"] == {"every_n_steps": 10, "keep": 9, "every_minutes": 30.0}
+    saving = {"every_n_steps": 10, "keep": 9, "every_minutes": 30.0, "async_save": False}
+    assert content["checkpoints"] == saving
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_longctx import manifest
 from lit_longctx.progress import say
 from lit_longctx.stop_signals import GO_ON, Preempted, StopSignals
+from lit_longctx.training.background import BackgroundWork
 from lit_longctx.training.callbacks import run_folder
+from lit_longctx.training.parallel import FSDP2Strategy
 from lit_longctx.training.run_lock import RunLock
 from lit_longctx.training.watchdog import Watchdog
 
@@ -36,10 +39,16 @@ class Checkpoints(Callback):
         every_n_steps: Steps between two checkpoints.
         every_minutes: Minutes after which a step is saved in any case; by the first process' clock.
         keep: Checkpoints kept; older ones are deleted once a newer one is whole.
+        async_save: Write from a copy in host memory while training goes on. A copy is as large as
+            what a process holds of weights and moments.
     """
 
     def __init__(
-        self, every_n_steps: int = 500, keep: int = 2, every_minutes: float = 30.0
+        self,
+        every_n_steps: int = 500,
+        keep: int = 2,
+        every_minutes: float = 30.0,
+        async_save: bool = False,
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep {keep}: at least one checkpoint must stay")
@@ -51,7 +60,10 @@ class Checkpoints(Callback):
         self.every_minutes = every_minutes
         self.saved_at = time.monotonic()
         self.keep = keep
+        self.async_save = async_save
+        self.background: BackgroundWork | None = None
         self.saved = -1
+        """Step that was saved last, or is being written."""
         self.lock: RunLock | None = None
         self.signals: StopSignals | None = None
         self.stopped_by: signal.Signals | None = None
@@ -73,6 +85,11 @@ class Checkpoints(Callback):
         fault, self.unvalidated = trainer.strategy.broadcast((fault, self.unvalidated))
         if fault:
             raise ValueError(fault)
+        if self.async_save and stage == "fit":
+            strategy = trainer.strategy
+            if not isinstance(strategy, FSDP2Strategy):
+                raise ValueError("checkpoints.async_save needs trainer.strategy FSDP2Strategy")
+            self.background = strategy.background = BackgroundWork(strategy._timeout)
         if guarded and threading.current_thread() is threading.main_thread():
             self.signals = StopSignals(lambda: end_launched(trainer))
             # Lightning's own, which save and talk to the other processes inside of a handler
@@ -80,6 +97,9 @@ class Checkpoints(Callback):
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Let another run have the folder."""
+        self._finish_saving()
+        if isinstance(trainer.strategy, FSDP2Strategy):
+            trainer.strategy.background = self.background = None
         if self.signals:
             self.signals.restore()
             self.signals = None
@@ -90,7 +110,14 @@ class Checkpoints(Callback):
     def on_exception(
         self, trainer: Trainer, module: LightningModule, exception: BaseException
     ) -> None:
-        """Do the same, as Lightning does not tear down what raised; stopped, the process ends."""
+        """Do the same, as Lightning does not tear down what raised; stopped, the process ends.
+
+        What is being written is written first: other processes end once they learn of this.
+        """
+        if self.background:
+            fault, self.background = self.background.join(), None
+            if fault and fault is not exception:
+                say(str(fault))
         if not isinstance(exception, Preempted):
             self.teardown(trainer, module, "")
 
@@ -168,9 +195,10 @@ class Checkpoints(Callback):
         self._stop(trainer, unvalidated=True)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Save the last state."""
+        """Save the last state, and wait until it is written."""
         if trainer.global_step != self.saved:
             self._save(trainer)
+        self._finish_saving()
         if self.stopped_by and trainer.global_step != trainer.max_steps:
             self._stop(trainer)
         if trainer.is_global_zero:
@@ -179,14 +207,20 @@ class Checkpoints(Callback):
     # ----
 
     def _agree(self, trainer: Trainer) -> bool:
-        """Take note if any process was asked to stop; return if the first one's clock says save."""
+        """Take note if any process was asked to stop; return if the first one's clock says save.
+
+        Raises what went wrong in the background, in any process.
+        """
         late = time.monotonic() - self.saved_at > 60 * self.every_minutes
         asked = self.signals.received if self.signals else 0
-        found = torch.tensor([asked, trainer.is_global_zero and late])
+        failed = self.background is not None and self.background.fault is not None
+        found = torch.tensor([asked, trainer.is_global_zero and late, failed])
         found = found.to(trainer.strategy.root_device)
         if dist.is_initialized():
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        asked, late = found.tolist()
+        asked, late, failed = found.tolist()
+        if failed:
+            self._finish_saving()
         if asked:
             self.stopped_by = signal.Signals(asked)
         return bool(late)
@@ -197,6 +231,7 @@ class Checkpoints(Callback):
         For torchrun ends all others as soon as one has ended.
         """
         assert self.stopped_by
+        self._finish_saving()
         step, name = trainer.global_step, self.stopped_by.name
         for logger in trainer.loggers:
             logger.save()
@@ -214,13 +249,27 @@ class Checkpoints(Callback):
         raise Preempted(message, code)
 
     def _save(self, trainer: Trainer) -> None:
+        self._finish_saving()  # of the one before
+        folder, step = run_folder(trainer) / "checkpoints", trainer.global_step
+        trainer.save_checkpoint(folder / f"step-{step:08d}")
+        self.saved, self.saved_at = step, time.monotonic()
+        if self.background:
+            self.background.do(partial(self._remove_older, trainer, step))
+        else:
+            self._remove_older(trainer, step)
+
+    def _remove_older(self, trainer: Trainer, than: int) -> None:
+        """Remove checkpoints that are not to be kept, once a newer one is whole."""
         folder = run_folder(trainer) / "checkpoints"
-        trainer.save_checkpoint(folder / f"step-{trainer.global_step:08d}")
-        self.saved, self.saved_at = trainer.global_step, time.monotonic()
         steps = sorted(p for p in folder.glob("step-????????") if p.is_dir())
-        older = [p for p in steps if int(p.name[5:]) < self.saved]
+        older = [p for p in steps if int(p.name[5:]) < than]
         for path in older[: max(0, len(older) + 1 - self.keep)]:
             trainer.strategy.remove_checkpoint(path)
+
+    def _finish_saving(self) -> None:
+        """Wait until what is written in the background is whole; raise what went wrong there."""
+        if self.background:
+            self.background.wait()
 
 
 def checkpoints_of(trainer: Any) -> list[Checkpoints]:

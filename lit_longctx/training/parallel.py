@@ -5,12 +5,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -30,9 +33,10 @@ from lit_longctx.checkpoint import (
     open_checkpoint,
     steps_of,
 )
-from lit_longctx.checkpoint.unpickling import check_pickles
+from lit_longctx.checkpoint.unpickling import LOOP, check_pickles
 from lit_longctx.context_parallel import ContextParallel, ContextParallelName, context_parallel
 from lit_longctx.model import Llama
+from lit_longctx.training.background import BackgroundWork, copied
 
 
 def apply_sharding(
@@ -115,6 +119,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Whether weights, gradients and moments are in host memory; the module says."""
         self.check_model: Callable[[Checkpoint], None] | None = None
         """Raises if a checkpoint to go on from is of another model; set by the module."""
+        self.background: BackgroundWork | None = None
+        """What writes checkpoints while training goes on; set by `checkpoints.async_save`."""
 
     def setup_environment(self) -> None:
         """Resolve the mesh size here: Lightning's own `auto` would mean tensor parallelism."""
@@ -157,16 +163,31 @@ class FSDP2Strategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        """Save a folder that appears whole or not at all."""
+        """Save a folder that appears whole or not at all; with `background`, after this returns."""
         target = Path(self.broadcast(filepath))
         temporary = Path(self.broadcast(manifest.beside(target)))
+        if self.background:
+            self.background.do(partial(self._write, copied(checkpoint), temporary, target))
+        else:
+            self._write(checkpoint, temporary, target)
+
+    def _write(self, checkpoint: dict[str, Any], temporary: Path, target: Path) -> None:
+        """Write beside, hash, rename into place, and move `latest`."""
+        group = self.background.group if self.background else None
+        barrier = partial(torch.distributed.barrier, group) if group else self.barrier
         description = checkpoint.pop("model_description", None)
+        tensors = {"state_dict": checkpoint.pop("state_dict")}
+        for i, moments in enumerate(checkpoint.pop("optimizer_states", [])):
+            tensors[f"optimizer_{i}"] = moments
         with whole_or_nothing(temporary, target):
-            super().save_checkpoint(checkpoint, temporary, storage_options)
-            if self.global_rank == 0 and description:
-                manifest.write_text(temporary / MODEL, json.dumps(description, indent=1) + "\n")
-            self.barrier()
-            hashes = self._hash_share(temporary)
+            temporary.mkdir(parents=True, exist_ok=True)
+            dcp.save(tensors, checkpoint_id=temporary, process_group=group)
+            if self.global_rank == 0:
+                torch.save(checkpoint, temporary / LOOP)
+                if description:
+                    manifest.write_text(temporary / MODEL, json.dumps(description, indent=1) + "\n")
+            barrier()
+            hashes = self._hash_share(temporary, group)
             if self.global_rank == 0:
                 manifest.seal(temporary, hashes)
                 old = manifest.beside(target)
@@ -177,13 +198,13 @@ class FSDP2Strategy(ModelParallelStrategy):
                     shutil.rmtree(old)
         if self.global_rank == 0:
             manifest.write_text(target.parent / "latest", target.name + "\n")
-        self.barrier()
+        barrier()
 
-    def _hash_share(self, folder: Path) -> dict[str, str]:
+    def _hash_share(self, folder: Path, group: ProcessGroup | None) -> dict[str, str]:
         """Hash the folder's files, each rank its share, and give all of them to everyone."""
         mine = manifest.hash_files(folder, self.global_rank, self.world_size)
         gathered: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(gathered, mine)
+        torch.distributed.all_gather_object(gathered, mine, group)
         return {name: value for part in gathered for name, value in part.items()}
 
     def load_checkpoint(

@@ -71,6 +71,22 @@ class SendSignal(Callback):
             self.send("validation")
 
 
+class SlowSave(Callback):
+    """Lets every save take so long."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        hash_files = manifest.hash_files
+
+        def slow(*args: Any) -> dict[str, str]:
+            time.sleep(self.seconds)
+            return hash_files(*args)
+
+        manifest.hash_files = slow
+
+
 class Fail(Callback):
     """Lets one rank fail in its fifth step, by itself or in its loader's worker."""
 

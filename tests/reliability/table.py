@@ -127,6 +127,10 @@ TABLE: dict[int, tuple[str, tuple[str, ...]]] = {
             "test_cli.py::test_doctor_tells_versions_and_kernels",
         ),
     ),
+    23: (
+        "saved while training goes on: killed, signalled, disk full",
+        ("reliability/test_async_save.py", "training/test_async_save.py"),
+    ),
 }
 """Number, as in docs/reliability.md → what is tried, and the tests that try it, below tests/."""
 TESTS = Path(__file__).parents[1]

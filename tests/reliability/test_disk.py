@@ -13,8 +13,8 @@ from lit_longctx.checkpoint import newest_whole
 pytestmark = pytest.mark.slow
 
 
-def stops_cleanly(folder: Path, options: list[str]) -> None:
-    ran = runs.fit(folder, *options)
+def stops_cleanly(folder: Path, options: list[str], ranks: int = 1) -> None:
+    ran = runs.fit(folder, *options, ranks=ranks)
     (line,) = ran.err.splitlines()
     assert ran.code == 1
     assert line.startswith(f"lit_longctx: error: {folder}/checkpoints/step-000000")

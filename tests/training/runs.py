@@ -280,13 +280,23 @@ def torchrun(
     then: Callable[[subprocess.Popen[bytes]], None] = lambda _: None,
 ) -> Ran:
     """Start a run as a user does, by torchrun; its output goes to a file."""
+    launch = f"-m torch.distributed.run --standalone --nproc_per_node {ranks}".split()
+    return as_script([*launch, *options], arguments, folder, then)
+
+
+def as_script(
+    launch: Sequence[str],
+    arguments: Sequence[Any],
+    folder: Path,
+    then: Callable[[subprocess.Popen[bytes]], None],
+) -> Ran:
+    """Start the command line as a user does, and do something to it once it has begun."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "LOCAL_"))}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
-    launch = f"-m torch.distributed.run --standalone --nproc_per_node {ranks}".split()
-    log = Path(tempfile.mkdtemp(dir=workshop())) / "torchrun"
+    log = Path(tempfile.mkdtemp(dir=workshop())) / "script"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, *launch, *options, "-m", "lit_longctx.cli", *map(str, arguments)],
+            [sys.executable, *launch, "-m", "lit_longctx.cli", *map(str, arguments)],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,

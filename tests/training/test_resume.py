@@ -148,21 +148,48 @@ STEPS = 200
 KILLS = 10
 
 
-def supervised(folder: Path, kills: int, seed: int, *options: Any) -> None:
-    """Restart a run until it ends; SIGKILL it, workers and all, at random moments."""
-    rng = random.Random(seed)
-    given = runs.fitting(folder, "--trainer.max_steps", STEPS, *options, "--ckpt_path", "last")
-    for _ in range(kills):
+def supervised(
+    folder: Path,
+    kills: int,
+    seed: int,
+    *options: Any,
+    ranks: int = 1,
+    steps: int = STEPS,
+    save_s: float = 0.0,
+) -> int:
+    """Restart a run until it ends; SIGKILL it, workers and all, at random moments.
+
+    Where a save takes at least `save_s`, every other kill comes inside of one.
+
+    Returns:
+        How many of them came while a checkpoint was being written.
+    """
+    rng, saving = random.Random(seed), 0
+    given = runs.fitting(folder, "--trainer.max_steps", steps, *options, "--ckpt_path", "last")
+    for number in range(kills):
         begun = entries(folder)
         patience = rng.uniform(4, 20)  # steps, any part of one included
         leash = {"class_path": "training.runs.Leash", "init_args": {"steps": int(patience) + 2}}
-        running = runs.Running([*given, "--trainer.callbacks+", json.dumps(leash)], folder)
+        leashed = [*given, "--trainer.callbacks+", json.dumps(leash)]
+        running = runs.Running(leashed, folder, ranks)
         while entries(folder) < begun + int(patience) and running.alive():
             time.sleep(0.001)
-        time.sleep(patience % 1 * 0.05)
+        if save_s and number % 2 == 0:
+            end = time.monotonic() + 2
+            while not half_saved(folder) and time.monotonic() < end:
+                time.sleep(0.001)
+            time.sleep(patience % 1 * save_s)
+        else:
+            time.sleep(patience % 1 * 0.05)
         assert running.alive(), running.wait()
         running.kill()
-    assert runs.Running(given, folder).wait().succeeded().err == ""
+        saving += half_saved(folder)
+    assert runs.Running(given, folder, ranks).wait().succeeded().err == ""
+    return saving
+
+
+def half_saved(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("step-*.tmp-*"))
 
 
 def entries(folder: Path) -> int:
@@ -184,19 +211,30 @@ def test_random_kills_leave_no_trace(workers: int, every: int, tmp_path: Path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     runs.fit(whole, "--trainer.max_steps", STEPS, *options).succeeded()
     supervised(killed, KILLS, 100 * workers + every, *options)
+    lost, repeated = traces(killed, whole, KILLS)
+    figure(f"{KILLS} kills: {lost} samples lost, {repeated} repeated")
+    assert (lost, repeated) == (0, 0)
+
+
+def traces(killed: Path, whole: Path, kills: int, steps: int = STEPS) -> tuple[int, int]:
+    """Compare a run that was killed with one that was not, all equal in every digit.
+
+    Returns:
+        How many samples were lost and how many repeated.
+    """
     restarts = (killed / "witness-0.jsonl").read_text().count("resumed")
-    assert restarts == KILLS + 1
+    assert restarts == kills + 1
     found, expected = runs.witnessed(killed), runs.witnessed(whole)
-    seen = [row[0] for step in runs.samples(found) for row in step]
-    lost, repeated = set(range(runs.BATCH * STEPS)) - set(seen), len(seen) - len(set(seen))
-    figure(f"{KILLS} kills: {len(lost)} samples lost, {repeated} repeated")
-    assert (lost, repeated) == (set(), 0)
     assert found == expected
     ours, uninterrupted = (
         load_pretrained(newest_whole(f / "checkpoints")) for f in (killed, whole)
     )
     for name, weight in uninterrupted.state_dict().items():
         assert torch.equal(ours.state_dict()[name], weight), name
+    rows = [{row[0] for row in step} for step in runs.samples(found)]
+    seen = set().union(*rows)
+    lost = set(range(runs.BATCH * steps)) - seen
+    return len(lost), sum(map(len, rows)) - len(seen)
 
 
 @pytest.mark.slow
