@@ -131,6 +131,10 @@ TABLE: dict[int, tuple[str, tuple[str, ...]]] = {
         "saved while training goes on: killed, signalled, disk full",
         ("reliability/test_async_save.py", "training/test_async_save.py"),
     ),
+    24: (
+        "context parallelism: killed, on any layout",
+        ("reliability/test_context_parallel_runs.py",),
+    ),
 }
 """Number, as in docs/reliability.md → what is tried, and the tests that try it, below tests/."""
 TESTS = Path(__file__).parents[1]

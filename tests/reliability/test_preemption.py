@@ -167,6 +167,25 @@ def test_a_signal_to_torchrun_loses_nothing(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_first_of_two_that_lightning_started_loses_nothing(
+    name: str, tmp_path: Path
+):
+    """Without torchrun the code is 75; Ctrl-C goes to both."""
+
+    def signal_it(process: subprocess.Popen[bytes]) -> None:
+        wait_for(tmp_path, 2, lambda: process.poll() is None)
+        send = os.killpg if name == "SIGINT" else os.kill
+        send(process.pid, signal.Signals[name])
+
+    given = [*OFTEN, *signal_in("step", 99), "--trainer.devices", 2]
+    ran = runs.as_script([], runs.fitting(tmp_path, *given), tmp_path, signal_it)
+    assert ran.code == 75, ran.out
+    assert "error" not in ran.out
+    interrupted(tmp_path, 2, name)
+    ends_as_if_nothing_had_been(tmp_path, 2)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_second_signal_ends_at_once(name: str, tmp_path: Path):
     """In a step that would take a minute."""
     slow = {"class_path": "reliability.faults.SendSignal"}
