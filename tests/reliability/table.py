@@ -129,7 +129,7 @@ TABLE: dict[int, tuple[str, tuple[str, ...]]] = {
     ),
     23: (
         "saved while training goes on: killed, signalled, disk full",
-        ("reliability/test_async_save.py", "training/test_async_save.py"),
+        ("reliability/test_async_save.py", "training/test_background.py"),
     ),
     24: (
         "context parallelism: killed, on any layout",

@@ -10,7 +10,7 @@ from training import runs
 from training.test_resume import START, resume, supervised, traces
 
 pytestmark = pytest.mark.slow
-STEPS = 80
+STEPS = 60
 KILLS = 6
 ROUNDING = 1e-6
 """Largest relative difference of a loss where only the order of sums changes, as documented. A sum
@@ -29,17 +29,11 @@ def by_zigzag() -> runs.Ran:
     return runs.fit(runs.workshop() / "by_zigzag", *divided(), ranks=2).succeeded()
 
 
-@runs.shared
-def by_ulysses() -> runs.Ran:
-    """Train the same with heads for tokens."""
-    return runs.fit(runs.workshop() / "by_ulysses", *divided("ulysses"), ranks=2).succeeded()
-
-
 def test_random_kills_leave_no_trace(tmp_path: Path):
     options = [*divided(), "--trainer.max_steps", STEPS, "--checkpoints.every_n_steps", 5]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     runs.fit(whole, *options, ranks=2).succeeded()
-    supervised(killed, KILLS, 2, *options, ranks=2, steps=STEPS)
+    supervised(killed, KILLS, 3, *options, ranks=2, steps=STEPS)
     lost, repeated = traces(killed, whole, KILLS, STEPS)
     figure(f"zigzag of 2: {KILLS} kills: {lost} samples lost, {repeated} repeated")
     assert (lost, repeated) == (0, 0)
@@ -48,12 +42,10 @@ def test_random_kills_leave_no_trace(tmp_path: Path):
 @pytest.mark.parametrize(
     ("start", "options", "ranks"),
     [
-        pytest.param(by_zigzag, divided(), 2, id="zigzag of 2 to the same"),
-        pytest.param(by_ulysses, divided("ulysses"), 2, id="ulysses of 2 to the same"),
         pytest.param(by_zigzag, divided("ulysses"), 2, id="zigzag of 2 to ulysses of 2"),
         pytest.param(by_zigzag, [], 1, id="zigzag of 2 to 1 process"),
         pytest.param(by_zigzag, [], 2, id="zigzag of 2 to 2 data-parallel"),
-        pytest.param(runs.alone, divided(), 2, id="1 process to zigzag of 2"),
+        pytest.param(runs.alone, divided("ulysses"), 2, id="1 process to ulysses of 2"),
         pytest.param(runs.together, divided(), 2, id="2 data-parallel to zigzag of 2"),
     ],
 )
@@ -70,9 +62,6 @@ def test_a_run_goes_on_on_another_layout(
     assert [set(rows) for rows in runs.samples(found)] == [
         set(rows) for rows in runs.samples(expected)
     ]
-    if request.node.callspec.id.endswith("the same"):
-        assert found == expected
-        return
     difference = runs.largest_difference(runs.losses(found), runs.losses(expected))
     figure(f"{request.node.callspec.id}: {difference:.0e}")
     assert difference <= ROUNDING
