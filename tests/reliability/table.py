@@ -129,7 +129,11 @@ TABLE: dict[int, tuple[str, tuple[str, ...]]] = {
     ),
     23: (
         "saved while training goes on: killed, signalled, disk full",
-        ("reliability/test_async_save.py", "training/test_async_save.py"),
+        ("reliability/test_async_save.py", "training/test_background.py"),
+    ),
+    24: (
+        "context parallelism: killed, on any layout",
+        ("reliability/test_context_parallel_runs.py",),
     ),
 }
 """Number, as in docs/reliability.md → what is tried, and the tests that try it, below tests/."""

@@ -166,6 +166,24 @@ def test_a_signal_to_torchrun_loses_nothing(tmp_path: Path):
     assert slowest < 10
 
 
+def test_a_signal_to_the_first_of_two_that_lightning_started_loses_nothing(tmp_path: Path):
+    """Without torchrun the code is 75; Ctrl-C goes to both."""
+    saved = 0
+    for name, send in (("SIGTERM", os.kill), ("SIGINT", os.killpg)):
+
+        def signal_it(process: subprocess.Popen[bytes]) -> None:
+            wait_for(tmp_path, saved + 2, lambda: process.poll() is None)  # noqa: B023
+            send(process.pid, signal.Signals[name])  # noqa: B023
+
+        given = [*OFTEN, *signal_in("step", 99), "--trainer.devices", 2, "--ckpt_path", "last"]
+        ran = runs.as_script([], runs.fitting(tmp_path, *given), tmp_path, signal_it)
+        assert ran.code == 75, ran.out
+        assert "error" not in ran.out
+        saved = interrupted(tmp_path, saved + 2, name)
+    ends_as_if_nothing_had_been(tmp_path, 2)
+    figure("to the first of 2 that Lightning started, or to both: 2 of 2 ended with 75")
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_second_signal_ends_at_once(name: str, tmp_path: Path):
     """In a step that would take a minute."""
