@@ -603,11 +603,13 @@ def test_a_checkpoint_end_to_end(checkpoint, tmp_path, capsys):
     assert "  3 replies of this run, 0 replies" in capsys.readouterr().out
 
 
-def test_the_function_returns_what_it_reports(checkpoint, tmp_path):
-    model = Checkpoint(str(checkpoint[1]), max_tokens=5, device="cpu")
-    given = str(documents(tmp_path, 2))
+def test_the_function_returns_what_it_reports(checkpoint, tmp_path, monkeypatch):
+    """By relative paths: they decide the seed, and a reply of another seed may be empty."""
+    monkeypatch.chdir(tmp_path)
+    model = Checkpoint(checkpoint[1].name, max_tokens=5, device="cpu")
+    given = documents(tmp_path, 2).name
     task = synthesize.SelfInstruct(given, model, chunk=50, shortest=100, tolerated=1.0)
-    found = synthesize.synthesize(task, str(tmp_path / "x.jsonl"))
+    found = synthesize.synthesize(task, "x.jsonl")
     assert (found["documents"], found["kept"], found["filtered"]) == (2, 0, 0)
     assert dict(found["failed"]) == {"no question and answer in the reply": 2}
     assert found["costs"]["requests"] == 2
