@@ -152,10 +152,10 @@ def recipes() -> None:
             continue
         options = options_given(["--config", str(file)])
         run = read_run(options, options_of(options.plan))
-        for stage, work in zip(run.stages, run.works, strict=True):
+        for stage, layers, work in zip(run.stages, run.layers, run.works, strict=True):
             needed = memory_by_kind(work, H100.reserved).device / GIB
             assert H100.flops
-            flops = flops_per_token(work, run.layers[0])
+            flops = flops_per_token(work, layers)
             seconds = seconds_per_step(work, flops, H100.flops, H100.efficiency)
             cells = [file.stem, str(work.processes), f"{stage.window:,}", f"{needed:.1f}"]
             cells += [f"{seconds:,.1f}", f"{seconds * stage.steps / 86_400:,.2f}"]

@@ -144,16 +144,7 @@ def alter_loop(step: Path, trace: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "alter",
-    [
-        alter_value,
-        *(
-            pytest.param(f, marks=pytest.mark.slow)
-            for f in (alter_metadata, move_value, alter_loop)
-        ),
-    ],
-)
+@pytest.mark.parametrize("alter", [alter_value, alter_metadata, move_value, alter_loop])
 def test_pickles_of_a_checkpoint_run_nothing(alter, step, tmp_path):
     alter(step, tmp_path / "trace")
     with pytest.raises(ValueError, match=r"names|holds more than values"):

@@ -121,8 +121,8 @@ def check(config: dict[str, Any]) -> list[str]:
         if wrong := next(wanted, None):
             raise ValueError(f"{reader.name} would misread {wrong}; this is a bug")
         if kind == "yarn":
-            told = config[NEW].keys()
-            lines += [f"{reader.name} does not read {k}" for k in reader.unread if k in told]
+            rope = config[NEW]
+            lines += [f"{reader.name} does not read {k}" for k in reader.unread if k in rope]
             own = "with an attention factor of its own"
-            lines += [f"{reader.name} multiplies {k} {own}" for k in reader.multiplied if k in told]
+            lines += [f"{reader.name} multiplies {k} {own}" for k in reader.multiplied if k in rope]
     return lines

@@ -24,7 +24,13 @@ from lit_longctx.position.scheme import THETA, PositionScheme
 SCHEMES = {
     str(scheme.rope_type): scheme
     for scheme in (
-        *(RoPE, PositionInterpolation, DynamicNTK, YaRN, Llama3, LongRoPE, ProportionalRoPE),
+        RoPE,
+        PositionInterpolation,
+        DynamicNTK,
+        YaRN,
+        Llama3,
+        LongRoPE,
+        ProportionalRoPE,
     )
 }
 """By Hugging Face's rope_type."""

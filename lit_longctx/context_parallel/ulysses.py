@@ -12,7 +12,15 @@ from lit_longctx.batch import Batch, Documents, pad_rows
 from lit_longctx.context_parallel.base import ContextParallel, Share
 from lit_longctx.context_parallel.collectives import Exchange
 from lit_longctx.model.backend import AttentionBackend, Heads, KVHeads, Values
-from lit_longctx.model.keys import Kernel, KeySource, LayerSource, SeenKeys, SeenValues, View
+from lit_longctx.model.keys import (
+    Kernel,
+    KeySource,
+    LayerSource,
+    SeenKeys,
+    SeenValues,
+    View,
+    make_view,
+)
 from lit_longctx.model.layers import LayerKind
 
 
@@ -62,10 +70,12 @@ class ExchangedHeads(KeySource):
     ) -> list[View]:
         """Positions of own tokens; masks of whole rows."""
         return [
-            View(
-                kind.position.encode(batch.position_ids, head_dim, batch.documents),
+            make_view(
+                kind,
                 backend.prepare(self.documents, self.documents, kind.window),
-                kind.query_factor(batch.position_ids),
+                head_dim,
+                batch.position_ids,
+                batch.documents,
             )
             for kind in kinds
         ]

@@ -17,7 +17,15 @@ from lit_longctx.context_parallel.balance import chunks_of, imbalance
 from lit_longctx.context_parallel.base import ContextParallel, Share
 from lit_longctx.context_parallel.collectives import Gather
 from lit_longctx.model.backend import AttentionBackend, Heads, KVHeads, Values
-from lit_longctx.model.keys import Kernel, KeySource, LayerSource, SeenKeys, SeenValues, View
+from lit_longctx.model.keys import (
+    Kernel,
+    KeySource,
+    LayerSource,
+    SeenKeys,
+    SeenValues,
+    View,
+    make_view,
+)
 from lit_longctx.model.layers import LayerKind
 from lit_longctx.model.recompute import recomputed
 
@@ -94,10 +102,12 @@ class GatheredKeys(KeySource):
     ) -> list[View]:
         """Positions of own tokens; masks of own queries against all keys they may see."""
         return [
-            View(
-                kind.position.encode(batch.position_ids, head_dim, batch.documents),
+            make_view(
+                kind,
                 self._parts(kind.window, backend),
-                kind.query_factor(batch.position_ids),
+                head_dim,
+                batch.position_ids,
+                batch.documents,
             )
             for kind in kinds
         ]

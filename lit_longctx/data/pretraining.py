@@ -141,13 +141,13 @@ class PretrainData(StepData):
 
     def _check_opened(self, opened: Mapping[str, Windows | MDSWindows]) -> None:
         """Refuse sources of different tokenizers, and packed ones that are to be packed anew."""
+        packings = {stage.packing or self.packing for stage in self.stage_schedule.stages}
         first, *_ = tokenizers = [replace(w.tokenizer, largest_id=None) for w in opened.values()]
         for (name, other), tokenizer in zip(opened.items(), tokenizers, strict=True):
             if tokenizer != first:
                 raise ValueError(
                     f"source {name} was prepared with another tokenizer; prepare all with one"
                 )
-            packings = {stage.packing or self.packing for stage in self.stage_schedule.stages}
             if isinstance(other, MDSWindows) and (self.contiguous or "best_fit" in packings):
                 raise ValueError(f"source {name} is packed: leave out contiguous and best_fit")
 

@@ -112,4 +112,4 @@ def short(position: PositionScheme | LayerPattern) -> str:
 
 
 def _short_kind(kind: LayerKind) -> str:
-    return short(kind.position) + kind.told()
+    return short(kind.position) + kind.beyond_position()

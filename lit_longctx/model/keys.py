@@ -84,13 +84,23 @@ def make_views(
 ) -> list[View]:
     """Return code and mask of each kind, given positions and the documents of queries and keys."""
     return [
-        View(
-            kind.position.encode(position_ids, head_dim, queries),
-            backend.prepare(queries, keys, kind.window),
-            kind.query_factor(position_ids),
+        make_view(
+            kind, backend.prepare(queries, keys, kind.window), head_dim, position_ids, queries
         )
         for kind in kinds
     ]
+
+
+def make_view(
+    kind: LayerKind,
+    mask: Any,
+    head_dim: int,
+    position_ids: Num[Tensor, "batch inputs"],
+    documents: Documents,
+) -> View:
+    """Return the view of one kind, given its mask, and positions and documents of the tokens."""
+    code = kind.position.encode(position_ids, head_dim, documents)
+    return View(code, mask, kind.query_factor(position_ids))
 
 
 @final

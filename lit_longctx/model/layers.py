@@ -31,7 +31,7 @@ class LayerKind:
         """Return what the queries of each token are multiplied by, float32; None: nothing."""
         return self.query_temperature and self.query_temperature.factor(position_ids)
 
-    def told(self) -> str:
+    def beyond_position(self) -> str:
         """Window and query temperature in words, "" without either."""
         window = f" in windows of {self.window}" if self.window else ""
         return window + (f" with {self.query_temperature}" if self.query_temperature else "")
@@ -77,7 +77,7 @@ class Layers:
     @property
     def are_uniform(self) -> bool:
         """Whether one scheme says all of every layer."""
-        return len(self.kinds) == 1 and not self.kinds[0].told()
+        return len(self.kinds) == 1 and not self.kinds[0].beyond_position()
 
     @property
     def position(self) -> PositionScheme:
@@ -142,7 +142,7 @@ class Layers:
             return str(self.kinds[0].position)
         counts = [self.kind_of.count(i) for i in range(len(self.kinds))]
         return ", ".join(
-            f"{count} × {kind.position}{kind.told()}"
+            f"{count} × {kind.position}{kind.beyond_position()}"
             for count, kind in zip(counts, self.kinds, strict=True)
         )
 

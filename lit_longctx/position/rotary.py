@@ -40,8 +40,15 @@ def _as_json(value: Any) -> Any:
 
 
 POSITIVE = (
-    *("theta", "factor", "short_factor", "long_factor", "beta_fast", "beta_slow"),
-    *("mscale", "mscale_all_dim", "attention_factor"),
+    "theta",
+    "factor",
+    "short_factor",
+    "long_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "attention_factor",
 )
 """Fields of which no position code follows unless they are finite and above 0."""
 

@@ -142,9 +142,7 @@ class LanguageModule(HeldOutValidation, ABC):
         with torch.device("meta"):
             llama = Llama(self.config, self.layers, self.attn_implementation)
         if self.trainer.state.fn == "fit":
-            for layers in reversed(
-                self.settings.layers
-            ):  # what a later stage cannot be, is said now
+            for layers in reversed(self.settings.layers):  # refuse what a later stage cannot be
                 llama.use_layers(layers)
         if self.compile_blocks:
             parallel.apply_compile(llama)

@@ -44,10 +44,9 @@ def compile_layouts(recompute: Recompute, tile: int | None, graphs: int) -> None
     ("recompute", "tile", "graphs"),
     [
         ("elementwise", None, 4),
-        *(
-            pytest.param(*each, marks=pytest.mark.slow)
-            for each in (("block", None, 4), ("attention_kept", None, 4), ("block", 64, 5))
-        ),
+        ("block", None, 4),
+        ("attention_kept", None, 4),
+        ("block", 64, 5),
     ],
 )
 def test_fourteen_layouts_and_all_layers_share_few_graphs(

@@ -66,7 +66,7 @@ def compare(found: Path, expected: Path) -> None:
     [
         ("longalign", 4, 2),
         *(
-            pytest.param(mean, size, ranks, marks=pytest.mark.slow)
+            (mean, size, ranks)
             for mean in ("token", "sequence", "longalign")
             for size, ranks in ((1, 1), (2, 1), (2, 2), (2, 4))
         ),

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from training import runs
 
 from lit_longctx import checkpoint
-from lit_longctx.batch import NO_TARGET, one_document
+from lit_longctx.batch import NO_TARGET, StepBatch, one_document
 from lit_longctx.data.pretraining import PretrainData, Source
 from lit_longctx.data.sampling.stages import Stage
 from lit_longctx.data.sampling.steps import Steps
@@ -36,11 +36,23 @@ STAGES = [
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], runs.Ran]:
     """Options of a run of two stages, and all of it on one process."""
-    folder = tmp_path_factory.mktemp("staged")
-    data = {"class_path": "PretrainData", "init_args": {"stages": STAGES}}
+    return fit(tmp_path_factory.mktemp("staged"), STAGES)
+
+
+def fit(folder: Path, stages: list[dict[str, Any]]) -> tuple[list[str], runs.Ran]:
+    """Return the options of a run of these stages, and all of it on one process."""
+    data = {"class_path": "PretrainData", "init_args": {"stages": stages}}
     (folder / "stages.yaml").write_text(yaml.safe_dump({"data": data}))
     options = ["--config", str(folder / "stages.yaml")]
     return options, runs.fit(folder / "run", *options).succeeded()
+
+
+def eleventh_step(stages: list[Stage]) -> StepBatch:
+    """Read what a run of these stages trains on in its step 11, on one process."""
+    parts = sorted(runs.sources().items())  # as they stand in the YAML file
+    sources = {name: Source(part["folder"], part["weight"]) for name, part in parts}
+    data = PretrainData(sources, runs.WINDOW, runs.BATCH * runs.WINDOW, 4, stages=stages)
+    return Steps(data, 0, 1)[10]
 
 
 def test_each_stage_warms_up_and_falls_by_itself(staged: tuple[list[str], runs.Ran]):
@@ -57,11 +69,7 @@ def test_each_stage_warms_up_and_falls_by_itself(staged: tuple[list[str], runs.R
 
 def test_the_first_step_of_a_stage_sees_its_theta(staged: tuple[list[str], runs.Ran]):
     """Loss of step 11 from the checkpoint of step 10, by hand."""
-    parts = sorted(runs.sources().items())  # as they stand in the YAML file
-    sources = {name: Source(part["folder"], part["weight"]) for name, part in parts}
-    stages = [Stage(**stage) for stage in STAGES]
-    data = PretrainData(sources, runs.WINDOW, runs.BATCH * runs.WINDOW, 4, stages=stages)
-    step = Steps(data, 0, 1)[10]
+    step = eleventh_step([Stage(**stage) for stage in STAGES])
     start = staged[1].folder / "checkpoints" / "step-00000010"
     found = {}
     for theta in (1e4, 3.0):
@@ -171,11 +179,7 @@ RECIPE = [
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], runs.Ran]:
     """Options of a run of three stages, and all of it on one process."""
-    folder = tmp_path_factory.mktemp("recipe")
-    data = {"class_path": "PretrainData", "init_args": {"stages": RECIPE}}
-    (folder / "stages.yaml").write_text(yaml.safe_dump({"data": data}))
-    options = ["--config", str(folder / "stages.yaml")]
-    return options, runs.fit(folder / "run", *options).succeeded()
+    return fit(tmp_path_factory.mktemp("recipe"), RECIPE)
 
 
 def test_stages_have_their_scheme_and_moments(recipe: tuple[list[str], runs.Ran], tmp_path: Path):
@@ -201,11 +205,7 @@ def steps_in(state: Any) -> Iterator[float]:
 
 def test_without_a_document_mask_a_row_is_one_document(recipe: tuple[list[str], runs.Ran]):
     """Loss of step 11 from the checkpoint of step 10, every row alone, as one text."""
-    parts = sorted(runs.sources().items())
-    sources = {name: Source(part["folder"], part["weight"]) for name, part in parts}
-    stages = [Stage(10), Stage(10, packing="best_fit", document_mask=False), Stage(10)]
-    data = PretrainData(sources, runs.WINDOW, runs.BATCH * runs.WINDOW, 4, stages=stages)
-    step = Steps(data, 0, 1)[10]
+    step = eleventh_step([Stage(10), Stage(10, packing="best_fit", document_mask=False), Stage(10)])
     start = recipe[1].folder / "checkpoints" / "step-00000010"
     llama = checkpoint.load_pretrained(start, position=YaRN(10_000.0, **YARN, original_context=256))
     nats = weights = 0.0

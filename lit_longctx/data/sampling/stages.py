@@ -59,11 +59,7 @@ class Stage:
 
     def completed(self, run: "Stage") -> "Stage":
         """Return the stage with what it leaves open taken from the run's own settings."""
-        own = {
-            name: value
-            for name, value in vars(self).items()
-            if name == "steps" or value is False or value not in (0, None, {})
-        }
+        own = {n: v for n, v in vars(self).items() if v not in (getattr(Stage, n, None), {})}
         return replace(run, **own)
 
     def as_json(self) -> dict[str, Any]:
@@ -73,7 +69,7 @@ class Stage:
         if self.position is not None:
             found["position"] = describe_position(self.position)
         for name in ("position", "packing", "document_mask", "fresh_optimizer"):
-            if found[name] in (None, False) and found[name] is getattr(Stage, name):
+            if found[name] is getattr(Stage, name):
                 del found[name]  # checkpoints of earlier versions have none
         return found
 
