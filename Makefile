@@ -11,7 +11,7 @@ venv: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), f'Python 3.11 or newer is needed, this is {sys.version}'"
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[hf,eval,scale,synthesize,notebooks,docs,real,dev]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[hf,eval,scale,synthesize,notebooks,docs,real,bm25,dev]'
 	touch $@
 
 quickstart: venv

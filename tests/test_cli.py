@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from training import runs
 
 from lit_longctx import manifest
@@ -550,6 +551,30 @@ def test_export_and_generate_say_where_they_wrote_what(tmp_path: Path):
     assert from_run.err == ""
     assert from_run.out.startswith("ab")
     assert from_run.out == from_export.out
+
+
+def test_an_averaged_export_is_the_mean_of_the_runs_last_checkpoints(tmp_path: Path):
+    run, weights = runs.alone().folder, {}
+    for step in (10, 20, 30):
+        dcp_to_torch_save(run / f"checkpoints/step-{step:08d}", tmp_path / "step.pt")
+        weights[step] = torch.load(tmp_path / "step.pt", weights_only=True)["state_dict"]
+    for name, last, number, steps in (
+        ("run", run, 3, (10, 20, 30)),
+        ("step", run / "checkpoints/step-00000020", 2, (10, 20)),
+    ):
+        options = ("--checkpoint", last, "--output", tmp_path / name, "--average", number)
+        ran = runs.run("export", *options).succeeded()
+        assert "weights: mean of step-" in ran.out
+        for key, found in load_file(tmp_path / name / "model.safetensors").items():
+            mean = sum(weights[step][f"llama.{key}"].double() for step in steps) / number
+            torch.testing.assert_close(found.double(), mean, rtol=1e-6, atol=1e-8)
+    for wrong, message in ((4, "has 2 checkpoints before it, expected 3"), (0, "must be 1 or")):
+        options = ("--checkpoint", run, "--output", tmp_path / "more", "--average", wrong)
+        ran = runs.run("export", *options)
+        assert ran.code == 1
+        (line,) = ran.err.splitlines()
+        assert message in line
+        assert not (tmp_path / "more").exists()
 
 
 def test_evaluate_reads_its_options_from_a_file(tmp_path: Path):

@@ -12,10 +12,12 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lit_longctx import cli
+from lit_longctx.checkpoint import open_checkpoint
 from lit_longctx.data.sampling.stages import Stage
 from lit_longctx.model import Llama
 from lit_longctx.position import LongRoPE, NTKAware
 from lit_longctx.training import fit
+from lit_longctx.training.hardware import SHAPES
 from lit_longctx.training.module import LanguageModule
 
 CONFIGS = {path.stem: path for path in (Path(__file__).parents[1] / "config").glob("*.yaml")}
@@ -24,6 +26,14 @@ RUNS = [name for name, content in CONTENT.items() if "model" in content]
 OTHERS = [name for name in CONTENT if name not in RUNS]
 
 LLAMA = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA3 = {
+    **LLAMA,
+    "vocab_size": 128_256,
+    "intermediate_size": 14_336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500_000.0,
+}
 CHECKPOINTS = {
     "checkpoints/llama2-7b": {
         **LLAMA,
@@ -59,13 +69,74 @@ CHECKPOINTS = {
         "max_position_embeddings": 8192,
         "rope_theta": 100_000.0,
     },
-    "checkpoints/llama3-8b-instruct": {
-        **LLAMA,
+    "checkpoints/llama3-8b-instruct": LLAMA3,
+    "checkpoints/llama3-8b": LLAMA3,
+    "checkpoints/llama3.1-8b-instruct": {
+        **LLAMA3,
+        "max_position_embeddings": 131_072,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "checkpoints/smollm-360m": {
+        "vocab_size": 49_152,
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10_000.0,
+    },
+    "checkpoints/smollm3-3b-4k": {
+        "model_type": "smollm3",
         "vocab_size": 128_256,
-        "intermediate_size": 14_336,
-        "num_key_value_heads": 8,
+        "hidden_size": 2048,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 4096,
+        "rope_theta": 50_000.0,
+    },
+    "checkpoints/olmo3-7b-8k": {
+        "model_type": "olmo3",
+        **LLAMA,
+        "vocab_size": 100_278,
+        "intermediate_size": 11_008,
         "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
         "rope_theta": 500_000.0,
+    },
+    "checkpoints/qwen2.5-7b-4k": {
+        "model_type": "qwen2",
+        "vocab_size": 152_064,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 4096,
+        "rope_theta": 10_000.0,
+    },
+    "checkpoints/gemma3-4b-32k": {
+        "model_type": "gemma3_text",
+        "vocab_size": 262_208,
+        "hidden_size": 2560,
+        "intermediate_size": 10_240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32_768,
+        "sliding_window": 1024,
+        "rope_theta": 1_000_000.0,
     },
 }
 """config.json of what configs start from, besides runs of other configs."""
@@ -131,7 +202,23 @@ def test_a_run_fits_together(options):
         llama = Llama(module.config, module.layers, module.attn_implementation)
     assert all(parameter.is_meta for parameter in llama.parameters())
     places = torch.tensor([[0, data.window - 1]])
-    assert llama.position.encode(places, module.config.head_width).isfinite().all()
+    for kind in module.layers.kinds:
+        assert kind.position.encode(places, module.config.head_width).isfinite().all()
+
+
+def test_shapes_of_plans_are_those_of_the_checkpoints(tmp_path):
+    """What decides sizes and products is what config.json makes of it."""
+    beside = ("bos_token_id", "eos_token_id", "rms_norm_eps", "max_position_embeddings")
+    for name in RUNS:
+        checkpoint = CONTENT[name]["model"]["init_args"].get("checkpoint")
+        shape = CONTENT[name].get("plan", {}).get("shape")
+        if checkpoint is None or shape is None:
+            continue
+        (tmp_path / "config.json").write_text(json.dumps(config_json(checkpoint)))
+        found = dataclasses.asdict(open_checkpoint(tmp_path).config)
+        for key, value in dataclasses.asdict(SHAPES[shape]).items():
+            if key not in beside:
+                assert found[key] == value, (name, key)
 
 
 def test_the_placeholder_divisors_follow_the_rule_beside_them():
@@ -167,7 +254,9 @@ def test_other_verbs_take_their_config(name):
 
 @pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
-    "options", ["prolong_512k", "curriculum_32k", "key_values_short"], indirect=True
+    "options",
+    ["prolong_512k", "curriculum_32k", "key_values_short", "smollm3_64k", "qwen25_1m"],
+    indirect=True,
 )
 def test_stages_fit_together(options):
     init = options.data.init_args

@@ -14,6 +14,7 @@ from lit_longctx.checkpoint import hugging_face, parameters, readers
 from lit_longctx.checkpoint.companions import GENERATION, TOKENS, Companions
 from lit_longctx.checkpoint.families import FAMILIES
 from lit_longctx.checkpoint.opening import Checkpoint, open_checkpoint
+from lit_longctx.checkpoint.verification import steps_of
 from lit_longctx.model import Llama
 from lit_longctx.progress import say
 
@@ -86,6 +87,7 @@ def export(
     output: str,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     context: int | None = None,
+    average: int = 1,
 ) -> Path:
     """Write a run's newest checkpoint as a Hugging Face folder.
 
@@ -95,9 +97,15 @@ def export(
         dtype: Of the stored weights.
         context: Tokens of context to write as max_position_embeddings; default: the largest of the
             start's, the longest that was trained, and the position scheme's reach.
+        average: Checkpoints of the run whose weights are averaged: the newest, or the one that is
+            named, and those before it (latest weight averaging; Kaddour 2022, arXiv:2209.14981).
+
+    Raises:
+        ValueError: The run has fewer whole checkpoints of these layers.
     """
     opened = open_checkpoint(checkpoint).verified()
     llama = opened.load()
+    _average(llama, opened, average)
     told = (context, "as given") if context else context_of(llama)
     export_pretrained(llama, output, None, context, getattr(torch, dtype))
     written = json.loads((Path(output) / "config.json").read_text())["max_position_embeddings"]
@@ -109,3 +117,29 @@ def export(
     print(f"tokenizer from {beside.tokenizer}, chat template from {beside.chat_template}")
     print(f"wrote {output}")
     return Path(output)
+
+
+@torch.no_grad()
+def _average(llama: Llama, newest: Checkpoint, number: int) -> None:
+    """Replace weights by their mean over a checkpoint and those of its run just before it."""
+    if number < 1:
+        raise ValueError(f"average {number} must be 1 or more")
+    if number == 1:
+        return
+    steps = [step for step in steps_of(newest.path.parent) if step.name < newest.path.name]
+    others = steps[: number - 1]
+    if len(others) < number - 1 or not parameters.is_run(newest.path):
+        raise ValueError(
+            f"{newest.path} has {len(steps)} checkpoints before it, expected {number - 1} for "
+            f"average {number}; export fewer, or train with a larger checkpoints.keep"
+        )
+    for count, step in enumerate(others, 2):
+        other = open_checkpoint(step).verified()
+        if (other.config, other.layers) != (newest.config, newest.layers):
+            raise ValueError(
+                f"{step} has {other.layers}, {newest.path.name} {newest.layers}; average fewer"
+            )
+        read = dict(other.load().named_parameters())
+        for name, weight in llama.named_parameters():
+            weight.lerp_(read[name], 1 / count)
+    say(f"weights: mean of {', '.join(path.name for path in (newest.path, *others))}")

@@ -30,6 +30,11 @@ DISTRIBUTED = ".metadata"
 """File that makes a folder a distributed checkpoint."""
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a distributed checkpoint, as runs write them."""
+    return (folder / DISTRIBUTED).is_file()
+
+
 def fill(llama: Llama, folder: Path | None, seed: int = 0) -> list[str]:
     """Fill parameters, sharded or not, from a folder; return the names that it did not hold.
 
@@ -41,7 +46,7 @@ def fill(llama: Llama, folder: Path | None, seed: int = 0) -> list[str]:
     parameters: dict[str, Tensor] = {plain(name): p for name, p in llama.named_parameters()}
     if folder is None:
         missing = list(parameters)
-    elif (folder / DISTRIBUTED).is_file():
+    elif is_run(folder):
         missing = _fill_from_run(parameters, folder, llama.config)
     elif (folder / "config.json").is_file():
         missing = _fill_from_safetensors(parameters, folder, llama.config)

@@ -54,7 +54,7 @@ class LlamaConfig:
     """Activation of the MLP's gate."""
     scale_embeddings: bool = False
     """Whether embeddings are multiplied with √hidden_size (Gemma 3); the LM head never is."""
-    query_pre_attn_scalar: float | None = None
+    query_pre_attn_scalar: int | None = None
     """Attention scores are divided by its root; default: head_dim."""
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class LlamaConfig:
                 valid, expected = value in CHOICES[name], f"one of {', '.join(CHOICES[name])}"
             elif name in FLAGS:
                 valid, expected = isinstance(value, bool), "true or false"
-            elif name in ("rms_norm_eps", "query_pre_attn_scalar"):
+            elif name == "rms_norm_eps":
                 valid = type(value) in (int, float) and 0 < value < inf
                 expected = "a finite number above 0"
             else:

@@ -18,11 +18,63 @@ SHAPES: dict[str, LlamaConfig] = {
     "llama3.2-1b": LlamaConfig(
         128_256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True, max_position_embeddings=131072
     ),
+    "smollm-360m": LlamaConfig(49_152, 960, 2560, 32, 15, 5, tie_word_embeddings=True),
     "smollm2-135m": LlamaConfig(
         49_152, 576, 1536, 30, 9, 3, tie_word_embeddings=True, max_position_embeddings=8192
     ),
+    "smollm3-3b": LlamaConfig(
+        128_256,
+        2048,
+        11_008,
+        36,
+        16,
+        4,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        model_type="smollm3",
+    ),
+    "olmo3-7b": LlamaConfig(
+        100_278,
+        4096,
+        11_008,
+        32,
+        32,
+        max_position_embeddings=8192,
+        model_type="olmo3",
+        qk_norm="width",
+        norm_placement="after",
+    ),
+    "qwen2.5-7b": LlamaConfig(
+        152_064,
+        3584,
+        18_944,
+        28,
+        28,
+        4,
+        attention_bias=True,
+        max_position_embeddings=4096,
+        model_type="qwen2",
+        o_proj_bias=False,
+    ),
+    "gemma3-4b": LlamaConfig(
+        262_208,
+        2560,
+        10_240,
+        34,
+        8,
+        4,
+        256,
+        tie_word_embeddings=True,
+        max_position_embeddings=32_768,
+        model_type="gemma3_text",
+        qk_norm="head",
+        norm_placement="both",
+        hidden_act="gelu_pytorch_tanh",
+        scale_embeddings=True,
+        query_pre_attn_scalar=256,
+    ),
 }
-"""By the models' names."""
+"""By the models' names; contexts are those before an extension."""
 
 
 @dataclass(frozen=True)

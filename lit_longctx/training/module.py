@@ -27,18 +27,22 @@ from lit_longctx.model.keys import OWN, KeySource
 from lit_longctx.model.layers import LayerPattern, Layers
 from lit_longctx.model.memory import Memory
 from lit_longctx.position import PositionScheme, RoPE
+from lit_longctx.progress import say
 from lit_longctx.training import parallel
 from lit_longctx.training.activations import Offload, Recompute, apply_levers, check_levers
 from lit_longctx.training.held_out import HeldOutValidation
+from lit_longctx.training.long_ce import LongCE
 from lit_longctx.training.optimizers import (
     OptimizerName,
+    carry_moments,
     make_optimizer,
     set_learning_rate,
 )
 from lit_longctx.training.resume import check_same_model, check_same_stages
 from lit_longctx.training.schedule import Schedule, WarmupCosine
 from lit_longctx.training.settings import StageSettings
-from lit_longctx.training.step import accumulate_gradients, describe_blow_up
+from lit_longctx.training.spikes import SpikeGuard
+from lit_longctx.training.step import StepResult, accumulate_gradients, describe_blow_up
 
 
 class LanguageModule(HeldOutValidation, ABC):
@@ -67,6 +71,10 @@ class LanguageModule(HeldOutValidation, ABC):
             float32 (32 MiB on a CPU).
         optimizer: `adamw`; `adamw_bf16_moments`, both moments in bfloat16; `adamw8bit`, torchao's.
         cpu_offload: Keep weights, gradients and moments in host memory and step there (FSDP2).
+        carry_optimizer: Begin with the moments and step counts of the run that `checkpoint` names,
+            in place of none.
+        spike_guard: Leave out updates whose loss or gradient norm is far above those before.
+        long_ce: Weigh targets by how much likelier their full context makes them (LongCE).
         compile: torch.compile every block.
         seed: Decides random weights.
         memory: Windows that each row remembers (Transformer-XL); needs data with contiguous rows.
@@ -91,6 +99,9 @@ class LanguageModule(HeldOutValidation, ABC):
         head_chunk_tokens: int | None = None,
         optimizer: OptimizerName = "adamw",
         cpu_offload: bool = False,
+        carry_optimizer: bool = False,
+        spike_guard: SpikeGuard | None = None,
+        long_ce: LongCE | None = None,
         compile: bool = False,
         seed: int = 0,
         memory: int = 0,
@@ -122,6 +133,15 @@ class LanguageModule(HeldOutValidation, ABC):
         self.head_chunk_tokens = head_chunk_tokens
         self.optimizer_name: OptimizerName = optimizer
         self.cpu_offload = cpu_offload
+        if carry_optimizer and (self.start is None or not parameters.is_run(self.start.path)):
+            raise ValueError(
+                f"carry_optimizer needs a run folder as the model's checkpoint; got {checkpoint}"
+            )
+        self.carry_optimizer = carry_optimizer
+        self.spike_guard = spike_guard
+        if long_ce and memory:
+            raise ValueError("long_ce needs rows that remember nothing; set memory 0")
+        self.long_ce = long_ce
         self.compile_blocks = compile
         self.seed = seed
         self.memory = memory
@@ -186,6 +206,8 @@ class LanguageModule(HeldOutValidation, ABC):
             )
         if self.memory and isinstance(strategy, parallel.FSDP2Strategy) and strategy.context:
             raise ValueError("a memory needs whole rows; set memory 0, or context_parallel_size 1")
+        if self.long_ce and isinstance(strategy, parallel.FSDP2Strategy) and strategy.context:
+            raise ValueError("long_ce needs whole rows; set context_parallel_size 1")
         if self.memory and self.layers.depend_on_length:
             raise ValueError(f"{self.layers} cannot have a memory; set memory 0")
         if data.tokenizer:
@@ -221,6 +243,16 @@ class LanguageModule(HeldOutValidation, ABC):
         fused = self.cpu_offload or None  # on a CPU much faster than torch's default
         return make_optimizer(self.optimizer_name, groups, self.learning_rate, self.betas, fused)
 
+    def on_train_start(self) -> None:
+        """Take up the moments of the start, unless the run goes on with its own."""
+        if self.carry_optimizer and self.global_step == 0:
+            optimizer = self.optimizers()
+            assert isinstance(optimizer, LightningOptimizer)
+            folder = self._whole_start()
+            assert folder is not None
+            carry_moments(self, optimizer.optimizer, folder)
+            rank_zero_only(print)(f"optimizer: moments and step counts from {folder}")
+
     # ---- one step
 
     def training_step(self, step: StepBatch, step_index: int) -> None:
@@ -241,12 +273,16 @@ class LanguageModule(HeldOutValidation, ABC):
             self.manual_backward,
             self.gradient_clip,
             context_parallel_size=self.context_parallel_size,
+            long_ce=self.long_ce,
         )
-        if not found.is_finite:
+        spike = self._is_spike(found)
+        if not found.is_finite and not spike:
             optimizer.zero_grad()
             raise FloatingPointError(describe_blow_up(self.global_step, step, found))
         rate = settings.learning_rate_at(self.global_step, self.trainer.max_steps)
         set_learning_rate(optimizer, rate)
+        if spike:
+            optimizer.zero_grad()  # without gradients the step below changes nothing
         optimizer.step()
         optimizer.zero_grad()
         self._count(step.next_sample)
@@ -256,8 +292,23 @@ class LanguageModule(HeldOutValidation, ABC):
             "lr": rate,
             "tokens": float(step.next_token),
         }
+        if self.spike_guard is not None:
+            values["skipped_steps"] = float(self.spike_guard.skipped)
         self.log_dict({f"train/{name}": value for name, value in values.items()})
         self._log_step()
+
+    def _is_spike(self, found: StepResult) -> bool:
+        """Whether the update is to be left out, which is said; all processes follow the first."""
+        if self.spike_guard is None:
+            return False
+        loss, norm = float(found.loss), float(found.grad_norm)
+        spike = self.trainer.strategy.broadcast(self.spike_guard.is_spike(loss, norm))
+        if spike:
+            rank_zero_only(say)(
+                f"step {self.global_step}: no update, as loss {loss:.4g} or gradient norm "
+                f"{norm:.4g} is a spike ({self.spike_guard.skipped} skipped so far)"
+            )
+        return spike
 
     def _tell_balance(self, context: ContextParallel, step: StepBatch) -> None:
         """Say how evenly the documents of a first step give the processes attention to do."""
@@ -319,6 +370,8 @@ class LanguageModule(HeldOutValidation, ABC):
         checkpoint["samples_consumed"] = self.samples_consumed
         checkpoint["stages"] = data.stages_until(self.global_step)
         checkpoint["data"] = data.identity
+        if self.spike_guard is not None:
+            checkpoint["spike_guard"] = self.spike_guard.state_dict()
         before = self.start.trained_context if self.start else None
         trained = (before, data.context, data.window_until(self.global_step))
         context = max((tokens for tokens in trained if tokens is not None), default=None)
@@ -340,6 +393,8 @@ class LanguageModule(HeldOutValidation, ABC):
         assert self.llama is not None
         self._count(checkpoint["samples_consumed"])
         self.loaded_step = step = checkpoint["global_step"]
+        if self.spike_guard is not None and "spike_guard" in checkpoint:
+            self.spike_guard.load_state_dict(checkpoint["spike_guard"])
         if self.trainer.state.fn == "fit":
             self.data.check_resumed(checkpoint.get("data"))
             check_same_stages(step, checkpoint.get("stages"), self.data.stages_until(step))

@@ -1,11 +1,21 @@
 """AdamW with moments in float32, in bfloat16 or in 8 bits."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim.adamw import adamw
+
+from lit_longctx.checkpoint.parameters import plain
+from lit_longctx.checkpoint.unpickling import CheckedReader
 
 OptimizerName = Literal["adamw", "adamw_bf16_moments", "adamw8bit"]
 """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) by the dtype of its moments."""
@@ -49,6 +59,34 @@ def set_learning_rate(optimizer: Any, rate: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def carry_moments(module: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Fill an optimizer's moments and step counts from a run's checkpoint, resharded as needed.
+
+    Rates, betas and decays stay those of the optimizer. Weights that the checkpoint has no moments
+    of begin without.
+
+    Raises:
+        ValueError: The checkpoint holds no moments of any of the weights.
+    """
+    state: Any = get_optimizer_state_dict(module, optimizer)
+    reader = CheckedReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    prefix = "optimizer_0.state."
+    held = {
+        name: {key: value for key, value in values.items() if f"{prefix}{name}.{key}" in stored}
+        for name, values in state["state"].items()
+    }
+    held = {name: values for name, values in held.items() if values}
+    if not held:
+        raise ValueError(f"{folder} holds no moments of these weights; set carry_optimizer false")
+    loaded = {"optimizer_0": {"state": held}}
+    dcp.load(loaded, storage_reader=reader, no_dist=not dist.is_initialized())
+    set_optimizer_state_dict(module, optimizer, {**state, "state": {**state["state"], **held}})
+    for name, parameter in module.named_parameters():
+        if plain(name) not in held:
+            optimizer.state.pop(parameter, None)
 
 
 @final

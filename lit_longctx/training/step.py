@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from lit_longctx.batch import Batch, StepBatch
 from lit_longctx.model import Llama
 from lit_longctx.model.keys import KeySource
+from lit_longctx.training.long_ce import LongCE
 
 
 class StepResult(NamedTuple):
@@ -46,6 +47,7 @@ def accumulate_gradients(
     backward: Callable[[Tensor], None],
     gradient_clip: float,
     context_parallel_size: int = 1,
+    long_ce: LongCE | None = None,
 ) -> StepResult:
     """Run forward and backward of all micro-batches and clip the gradients.
 
@@ -60,6 +62,7 @@ def accumulate_gradients(
         backward: What runs the backward pass of a loss.
         gradient_clip: Largest gradient norm.
         context_parallel_size: Processes that have these rows too and compute other tokens of them.
+        long_ce: What multiplies loss weights; W stays the sum of those before.
     """
     device = micro_batches[0].input_ids.device
     zero = torch.zeros((), dtype=torch.float64, device=device)
@@ -70,7 +73,8 @@ def accumulate_gradients(
     processes = dist.get_world_size() if dist.is_initialized() else 1
     loss = zero.clone()
     for batch, source in zip(micro_batches, sources, strict=True):
-        summed, _ = llama.loss(batch, source)
+        weighed = batch if long_ce is None else long_ce.weighed(llama, batch)
+        summed, _ = llama.loss(weighed, source)
         backward(summed * (processes / total).to(summed.dtype))
         loss += summed.detach()
     return StepResult(sum_over_processes(loss) / total, clip_gradients(llama, gradient_clip))

@@ -246,3 +246,49 @@ def test_a_stage_with_weights_of_its_own_is_refused(tmp_path: Path):
     (line,) = ran.err.splitlines()
     assert "TransformerXL" in line
     assert "has weights" in line
+
+
+def moments(folder: Path, tmp_path: Path) -> dict[str, Any]:
+    """Return the optimizer's state in a checkpoint, by torch's own reader."""
+    dcp_to_torch_save(folder, tmp_path / "state.pt")
+    return torch.load(tmp_path / "state.pt", weights_only=True)["optimizer_0"]
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_carried_moments_are_those_of_the_start(
+    recipe: tuple[list[str], runs.Ran], ranks: int, tmp_path: Path
+):
+    """After one step, counts are one further and moments 0.9 × the start's + those without it."""
+    start = recipe[1].folder / "checkpoints" / "step-00000010"
+    shared = ["--model.init_args.config", "null", "--trainer.max_steps", "1"]
+    shared += ["--model.init_args.schedule.init_args.warmup_steps", "0"]
+    shared += ["--model.init_args.gradient_clip", "1e9", "--trainer.limit_val_batches", "0"]
+    shared += ["--model.init_args.checkpoint", str(start)]
+    before = moments(start, tmp_path)
+    found = {}
+    for carried in ("true", "false"):
+        options = [*shared, "--model.init_args.carry_optimizer", carried]
+        ran = runs.fit(tmp_path / carried, *options, ranks=ranks).succeeded()
+        assert ("moments and step counts from" in ran.out) == (carried == "true")
+        found[carried] = moments(ran.folder / "checkpoints" / "step-00000001", tmp_path)
+    assert set(steps_in(found["true"])) == {11}
+    assert set(steps_in(found["false"])) == {1}
+    for name, fresh in tensors_in(found["false"], "exp_avg"):
+        kept, new = (dict(tensors_in(each, "exp_avg"))[name] for each in (before, found["true"]))
+        torch.testing.assert_close(new, 0.9 * kept + fresh, rtol=1e-4, atol=1e-9)
+
+
+def tensors_in(state: Any, last: str, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of an optimizer's state whose name ends so."""
+    for name, value in state.items():
+        if isinstance(value, dict):
+            yield from tensors_in(value, last, f"{path}.{name}")
+        elif str(name).rpartition(".")[2] == last:
+            yield f"{path}.{name}", value
+
+
+def test_carried_moments_need_a_run(tmp_path: Path):
+    ran = runs.fit(tmp_path, "--model.init_args.carry_optimizer", "true")
+    assert ran.code == 1
+    (line,) = ran.err.splitlines()
+    assert "carry_optimizer needs a run folder" in line

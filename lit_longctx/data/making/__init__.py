@@ -1,1 +1,1 @@
-"""Make data: prepare, mix, filter by dependency, interleave, synthesize."""
+"""Make data: prepare, mix, filter by dependency, interleave, extend by negatives, synthesize."""

@@ -18,6 +18,7 @@ from lit_longctx import hub, manifest
 from lit_longctx.checkpoint import open_checkpoint
 from lit_longctx.checkpoint.companions import CHAT_TEMPLATE, GENERATION
 from lit_longctx.data.making.dependency import DependencyFilter, DependencyScorer
+from lit_longctx.data.making.hard_negatives import HardNegatives
 from lit_longctx.data.making.interleave import Interleave
 from lit_longctx.data.making.ledger_report import ledger_report
 from lit_longctx.data.making.read_progress import ReadProgress
@@ -60,6 +61,7 @@ def prepare(
     tolerated: float = 0.01,
     filter: DependencyFilter | None = None,
     interleave: Interleave | None = None,
+    hard_negatives: HardNegatives | None = None,
     chat: bool = False,
     chat_template: str | None = None,
     part: int = 0,
@@ -88,6 +90,7 @@ def prepare(
         tolerated: Largest share of broken documents; above it nothing is written.
         filter: Keep only training documents whose long-dependency score is high enough.
         interleave: Join every few training documents into one, their chunks in turn.
+        hard_negatives: Put chunks of other training documents that resemble it after each chunk.
         chat: Rows are conversations for fine-tuning: messages, ShareGPT, Alpaca, or document,
             question and answer.
         chat_template: Jinja file, or `plain` for one of ours; default: the tokenizer's own.
@@ -123,6 +126,7 @@ class Preparation:
     tolerated: float
     filter: DependencyFilter | None
     interleave: Interleave | None
+    hard_negatives: HardNegatives | None
     chat: bool
     chat_template: str | None
     part: int
@@ -130,10 +134,13 @@ class Preparation:
 
     def check(self, in_parts: bool) -> None:
         """Raise ValueError if settings exclude each other or are out of range."""
-        if self.chat and (in_parts or self.filter or self.interleave):
+        if self.chat and (in_parts or self.filter or self.interleave or self.hard_negatives):
             raise ValueError(
-                "conversations are prepared in one part, without filter and interleave"
+                "conversations are prepared in one part, without filter, interleave and "
+                "hard_negatives"
             )
+        if self.interleave and self.hard_negatives:
+            raise ValueError("interleave and hard_negatives exclude each other; give one")
         if self.chunk_tokens % BLOCK or self.chunk_tokens <= 0:
             raise ValueError(f"chunk_tokens {self.chunk_tokens} is no multiple of {BLOCK}")
         if not 0 <= self.held_out < 1:
@@ -157,6 +164,7 @@ class Preparation:
             "reader": vars(self.reader),
             "filter": self.filter and vars(self.filter),
             "interleave": self.interleave and vars(self.interleave),
+            **({"hard_negatives": self.hard_negatives.settings} if self.hard_negatives else {}),
         }
 
 
@@ -202,7 +210,7 @@ def run(given: Preparation) -> dict[str, Any]:
 def store_documents(
     given: Preparation, tokenizer: Tokenizer, writers: dict[str, SplitWriter], faults: Faults
 ) -> Stored:
-    """Write documents: read, encoded, held out by name, then filtered and interleaved."""
+    """Write documents: read, encoded, held out by name, then filtered and joined."""
     scorer = opened_scorer(given.filter, tokenizer_info(tokenizer)) if given.filter else None
     selection = Selection()
     file_parts = given.reader.file_parts(given.inputs, selection)
@@ -214,6 +222,8 @@ def store_documents(
         pairs = set_aside(pairs, given.held_out, writers["held_out"])
         for step in (scorer, given.interleave):
             pairs = step(pairs) if step else pairs
+        if given.hard_negatives:
+            pairs = given.hard_negatives.extended(pairs, tokenizer)
         for _, ids in pairs:
             writers["train"].add(ids)
     return Stored(file_parts, selection, round_trip(tokenizer, excerpts), scorer and scorer.report)

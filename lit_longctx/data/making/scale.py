@@ -95,9 +95,9 @@ def in_parts(
 def join(folders: list[Path], output: Path, source: str | None = None) -> dict[str, Any]:
     """Make one prepared folder of all parts.
 
-    It holds the same bytes as if it had been prepared at once, but for `interleave`, whose groups
-    end with their part. Every file's hash, the parts' settings and the sums of tokens are checked.
-    Costs a copy.
+    It holds the same bytes as if it had been prepared at once, but for `interleave` and
+    `hard_negatives`, whose groups end with their part. Every file's hash, the parts' settings and
+    the sums of tokens are checked. Costs a copy.
 
     Args:
         folders: Parts in order.
