@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lit_longctx.checkpoint import export_pretrained
-from lit_longctx.data.making import dependency as module
+from lit_longctx.data.making import document_scorer as module
 from lit_longctx.data.making.dependency import (
     DependencyFilter,
     DependencyScorer,

@@ -5,10 +5,8 @@ called ProLong. Documents that score low are long, but give nothing to learn of 
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,14 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lit_longctx.batch import NO_TARGET, pack
-from lit_longctx.checkpoint import load_pretrained
-from lit_longctx.data.reading.documents import Document
+from lit_longctx.data.making.document_scorer import DocumentScorer
 from lit_longctx.data.tokens.tokenizer import Ids
-from lit_longctx.model import Llama, chosen_device
-
-QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-EXAMPLES = 8
-"""Documents whose scores the report names."""
+from lit_longctx.model import Llama
 
 
 def dependency_score(
@@ -161,32 +154,10 @@ class DependencyFilter:
             raise ValueError(f"at_least {self.at_least} is no score; expected 0 ≤ at_least ≤ 2")
 
 
-class DependencyScorer:
-    """Scores the documents of one stream and keeps a report of them; loads its model when needed.
+class DependencyScorer(DocumentScorer):
+    """Scores documents by their long dependencies (see `DependencyFilter`)."""
 
-    Args:
-        settings: What decides the scores.
-    """
-
-    def __init__(self, settings: DependencyFilter) -> None:
-        self.settings = settings
-        self.scores: list[float] = []
-        """Score of every document seen so far."""
-        self.tokens: list[int] = []
-        """Tokens of every document seen so far."""
-        self.examples: dict[str, float] = {}
-        """Scores of the first documents, by name."""
-
-    def __call__(self, pairs: Iterator[tuple[Document, Ids]]) -> Iterator[tuple[Document, Ids]]:
-        """Yield the pairs whose documents are kept; loads the model at the first one."""
-        for document, ids in pairs:
-            score = self.score(ids)
-            self.scores.append(score)
-            self.tokens.append(len(ids))
-            if len(self.examples) < EXAMPLES:
-                self.examples[document.id] = score
-            if score >= self.settings.at_least:
-                yield document, ids
+    settings: DependencyFilter
 
     def score(self, ids: Ids) -> float:
         """Mean contribution of a pair of segments to the long-dependency score of a document."""
@@ -221,36 +192,3 @@ class DependencyScorer:
             )
         full = how.window // how.segment
         return dependency_score(alone, given, pairs, full, how.least_strength)
-
-    def _check(self, ids: Ids) -> None:
-        """Refuse ids that the model does not have."""
-        size = self.llama.config.vocab_size
-        if len(ids) and ids.max() >= size:
-            raise ValueError(
-                f"token {ids.max()} is beyond {self.settings.checkpoint}'s vocabulary of {size}; "
-                "prepare the data with that model's tokenizer"
-            )
-
-    @cached_property
-    def llama(self) -> Llama:
-        """The scoring model, loaded when first needed."""
-        how = self.settings
-        llama = load_pretrained(how.checkpoint).requires_grad_(False).eval()
-        return llama.to(chosen_device(how.device), getattr(torch, how.compute_dtype))
-
-    @property
-    def report(self) -> dict[str, Any]:
-        """What was kept and dropped, quantiles of all scores and the first few scores by name."""
-        scores, tokens = np.array(self.scores), np.array(self.tokens, dtype=np.int64)
-        kept = scores >= self.settings.at_least
-        at = np.quantile(scores, QUANTILES).tolist() if len(scores) else []
-        return {
-            "checkpoint": self.settings.checkpoint,
-            "at_least": self.settings.at_least,
-            "kept": int(kept.sum()),
-            "dropped": int((~kept).sum()),
-            "kept_tokens": int(tokens[kept].sum()),
-            "dropped_tokens": int(tokens[~kept].sum()),
-            "quantiles": dict(zip(map(str, QUANTILES), at, strict=False)),
-            "examples": dict(self.examples),
-        }

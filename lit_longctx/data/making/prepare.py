@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 from lit_longctx import hub, manifest
 from lit_longctx.checkpoint import open_checkpoint
 from lit_longctx.checkpoint.companions import CHAT_TEMPLATE, GENERATION
+from lit_longctx.data.making.attention_dependency import AttentionFilter, AttentionScorer
 from lit_longctx.data.making.dependency import DependencyFilter, DependencyScorer
+from lit_longctx.data.making.document_scorer import DocumentScorer
 from lit_longctx.data.making.hard_negatives import HardNegatives
 from lit_longctx.data.making.interleave import Interleave
 from lit_longctx.data.making.ledger_report import ledger_report
@@ -60,6 +62,7 @@ def prepare(
     reader: DocumentReader = DocumentReader(),
     tolerated: float = 0.01,
     filter: DependencyFilter | None = None,
+    attention_filter: AttentionFilter | None = None,
     interleave: Interleave | None = None,
     hard_negatives: HardNegatives | None = None,
     chat: bool = False,
@@ -89,6 +92,7 @@ def prepare(
         reader: Which fields of rows hold text and name, and the largest document.
         tolerated: Largest share of broken documents; above it nothing is written.
         filter: Keep only training documents whose long-dependency score is high enough.
+        attention_filter: The same by a score of attention to what is far away, in its place.
         interleave: Join every few training documents into one, their chunks in turn.
         hard_negatives: Put chunks of other training documents that resemble it after each chunk.
         chat: Rows are conversations for fine-tuning: messages, ShareGPT, Alpaca, or document,
@@ -125,6 +129,7 @@ class Preparation:
     reader: DocumentReader
     tolerated: float
     filter: DependencyFilter | None
+    attention_filter: AttentionFilter | None
     interleave: Interleave | None
     hard_negatives: HardNegatives | None
     chat: bool
@@ -134,13 +139,15 @@ class Preparation:
 
     def check(self, in_parts: bool) -> None:
         """Raise ValueError if settings exclude each other or are out of range."""
-        if self.chat and (in_parts or self.filter or self.interleave or self.hard_negatives):
+        steps = (self.filter, self.attention_filter, self.interleave, self.hard_negatives)
+        if self.chat and (in_parts or any(steps)):
             raise ValueError(
-                "conversations are prepared in one part, without filter, interleave and "
+                "conversations are prepared in one part, without filters, interleave and "
                 "hard_negatives"
             )
-        if self.interleave and self.hard_negatives:
-            raise ValueError("interleave and hard_negatives exclude each other; give one")
+        for names in (("filter", "attention_filter"), ("interleave", "hard_negatives")):
+            if all(getattr(self, name) for name in names):
+                raise ValueError(f"{' and '.join(names)} exclude each other; give one")
         if self.chunk_tokens % BLOCK or self.chunk_tokens <= 0:
             raise ValueError(f"chunk_tokens {self.chunk_tokens} is no multiple of {BLOCK}")
         if not 0 <= self.held_out < 1:
@@ -165,6 +172,7 @@ class Preparation:
             "filter": self.filter and vars(self.filter),
             "interleave": self.interleave and vars(self.interleave),
             **({"hard_negatives": self.hard_negatives.settings} if self.hard_negatives else {}),
+            **({"attention_filter": vars(self.attention_filter)} if self.attention_filter else {}),
         }
 
 
@@ -211,7 +219,7 @@ def store_documents(
     given: Preparation, tokenizer: Tokenizer, writers: dict[str, SplitWriter], faults: Faults
 ) -> Stored:
     """Write documents: read, encoded, held out by name, then filtered and joined."""
-    scorer = opened_scorer(given.filter, tokenizer_info(tokenizer)) if given.filter else None
+    scorer = opened_scorer(given, tokenizer_info(tokenizer))
     selection = Selection()
     file_parts = given.reader.file_parts(given.inputs, selection)
     print(selection.report(), end="")
@@ -229,12 +237,18 @@ def store_documents(
     return Stored(file_parts, selection, round_trip(tokenizer, excerpts), scorer and scorer.report)
 
 
-def opened_scorer(settings: DependencyFilter, about: TokenizerInfo) -> DependencyScorer:
-    """Return the filter's scorer; ValueError if its model has not the data's tokenizer."""
-    opened = open_checkpoint(settings.checkpoint)
+def opened_scorer(given: Preparation, about: TokenizerInfo) -> DocumentScorer | None:
+    """Return the filter's scorer, if any; ValueError if its model has not the data's tokenizer."""
+    if given.filter:
+        scorer = DependencyScorer(given.filter)
+    elif given.attention_filter:
+        scorer = AttentionScorer(given.attention_filter)
+    else:
+        return None
+    opened = open_checkpoint(scorer.settings.checkpoint)
     about = replace(about, largest_id=max(about.bos, about.eos))  # others when they are scored
     check_tokenizer(about, opened.config.vocab_size, opened.tokenizer)
-    return DependencyScorer(settings)
+    return scorer
 
 
 def store_conversations(
