@@ -1,5 +1,6 @@
 """`make reliability`: tries what a run must survive, and prints a table with what was measured."""
 
+import os
 import sys
 import time
 from collections import defaultdict
@@ -188,6 +189,7 @@ class Results:
 def main(options: list[str]) -> int:
     """Run what the table names; `options` are pytest's."""
     named = [f"{TESTS}/{each}" for _, wanted in TABLE.values() for each in wanted]
+    os.environ["THOROUGH"] = "1"
     results, begun = Results(), time.monotonic()
     given = ["-m", "not gpu", "--timeout", "1200", *options, *dict.fromkeys(named)]
     code = int(pytest.main(given, plugins=[results]))

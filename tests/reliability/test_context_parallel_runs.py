@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 from figures import figure
+from thorough import thorough
 from training import runs
 from training.test_resume import START, resume, supervised, traces
 
 pytestmark = pytest.mark.slow
-STEPS = 60
-KILLS = 6
+STEPS = thorough(60, 40)
+KILLS = thorough(6, 2)
 ROUNDING = 1e-6
 """Largest relative difference of a loss where only the order of sums changes, as documented. A sum
 of n float32 terms of one sign is off by about √n · 2⁻²⁴: 2.7e-6 for a step's 2,048 tokens."""

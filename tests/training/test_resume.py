@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from figures import figure
+from thorough import thorough
 from training import runs
 
 from lit_longctx import manifest
@@ -144,8 +145,8 @@ def test_last_of_a_finished_run_changes_nothing(tmp_path: Path):
 
 # ---- killed at random
 
-STEPS = 200
-KILLS = 10
+STEPS = thorough(200, 60)
+KILLS = thorough(10, 3)
 
 
 def supervised(
