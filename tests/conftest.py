@@ -10,13 +10,8 @@ from pathlib import Path
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; tests are small
 
-import differences
 import figures
-import lightning.pytorch  # noqa: F401 -- what the hook sees imported is compiled anew, so before it
-import litdata  # noqa: F401
 import pytest
-import torch._dynamo
-from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).parents[1]
 WITH_SHAPES = [
@@ -24,7 +19,19 @@ WITH_SHAPES = [
     for path in (ROOT / "lit_longctx").rglob("*.py")
     if "from jaxtyping" in path.read_text()
 ]
-install_import_hook(WITH_SHAPES, "typechecker.check")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import what takes seconds, but not in the process that only hands out tests to workers."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return
+    # what the hook sees imported is compiled anew, so before it
+    import lightning.pytorch  # noqa: F401
+    import litdata  # noqa: F401
+    import torch._dynamo  # noqa: F401
+    from jaxtyping import install_import_hook
+
+    install_import_hook(WITH_SHAPES, "typechecker.check")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,11 +61,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if terminalreporter.config.getoption("--differences"):
+        import differences
+
         terminalreporter.write_line("\n" + differences.table())
 
 
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> Iterator[None]:
+    import torch
+
     torch.manual_seed(0)
     figures.FOUND.clear()
     yield

@@ -48,7 +48,7 @@ def heads(rows, tokens, number, dim):
 BACKENDS = {"sdpa": SDPA, "flex_attention": FlexAttention}
 
 
-@pytest.mark.fast_cases(6)
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("value_dim", [16, 8])
@@ -88,7 +88,7 @@ def test_more_keys_than_queries(name, new, gradient):
     torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
 
 
-@pytest.mark.fast_cases(4)
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize(
     ("name", "together"),
     [("sdpa", 4), ("sdpa", 256), pytest.param("flex_attention", 256, marks=pytest.mark.slow)],
@@ -148,7 +148,7 @@ def test_a_window_costs_length_times_window_and_one_mask():
     assert len(storages) == 1  # every block's mask is a corner of the same
 
 
-@pytest.mark.fast_cases(3)
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("name", ["flash_attention_2", "varlen", "older varlen"])
 def test_variable_length_kernels_are_given_what_they_take(name, deterministic, monkeypatch):

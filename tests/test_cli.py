@@ -99,7 +99,7 @@ def test_a_key_of_earlier_configs_is_refused_with_its_new_name():
     assert ran.err.endswith("activation_checkpointing is now called recompute, block for true\n")
 
 
-@pytest.mark.fast_cases(7)
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize(
     ("arguments", "culprits"),
     [
@@ -130,7 +130,7 @@ WARMUP = ["--model.init_args.schedule.init_args.warmup_steps"]
 WINDOW, BATCH_TOKENS = ["--data.init_args.window"], ["--data.init_args.batch_tokens"]
 
 
-@pytest.mark.fast_cases(8)
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize(
     ("options", "culprits"),
     [
@@ -179,7 +179,7 @@ def test_fit_refuses_in_one_line(options: list[Any], culprits: list[str], tmp_pa
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     ("place", "culprit"),
     [
@@ -258,7 +258,7 @@ def theta_in(folder: Path) -> float:
     return description["position"]["init_args"]["theta"]
 
 
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     ("options", "theta", "from_checkpoint"),
     [
@@ -300,6 +300,7 @@ def test_two_processes_say_once_what_they_took_from_the_checkpoint(
     assert theta_in(tmp_path / "run") == 5e5
 
 
+@pytest.mark.slow
 @pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("given", [None, 1e4])
 def test_theta_of_a_config_file_left_open_is_the_checkpoints(
@@ -507,6 +508,7 @@ def test_a_run_prints_nothing_but_its_progress():
     assert lines[-1] == f"wrote {ran.folder} (checkpoint step-00000030)"
 
 
+@pytest.mark.slow
 @pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_saves_and_says_that_it_can_go_on(

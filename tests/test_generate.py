@@ -130,7 +130,7 @@ def decoded(llama: Llama, given: Sequence[Tensor], new: int, **options) -> list[
     return [torch.cat(rows) for rows in zip(given, found, strict=True)]
 
 
-@pytest.mark.fast_cases(5)
+@pytest.mark.fast_cases(3)
 @every_scheme
 def test_cached_greedy_is_the_argmax_of_reading_everything_again(position: PositionScheme):
     llama, prompt = model(position), prompts()
@@ -208,7 +208,7 @@ def test_a_cache_without_a_plan_grows():
         torch.testing.assert_close(torch.cat(parts, 1), llama.logits(reading(ids)))
 
 
-@pytest.mark.fast_cases(2)
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("position", SCHEMES[:5], ids=lambda p: type(p).__name__)
 def test_greedy_is_that_of_transformers_on_the_exported_folder(
     position: PositionScheme, tmp_path: Path

@@ -99,7 +99,7 @@ def tokens(length):
     return torch.randint(3, 97, (2, length), generator=torch.Generator().manual_seed(length))
 
 
-@pytest.mark.fast_cases(10)
+@pytest.mark.fast_cases(7)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rope", ropes(16))
 @torch.no_grad()

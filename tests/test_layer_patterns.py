@@ -111,6 +111,7 @@ def run_of_a_pattern(tmp_path_factory: pytest.TempPathFactory) -> runs.Ran:
     return ran.succeeded()
 
 
+@pytest.mark.slow
 def test_a_run_trains_what_its_config_says(run_of_a_pattern: runs.Ran):
     line = "position: 1 × RoPE(theta=10000.0) in windows of 64, 1 × NoPE()"
     assert line in run_of_a_pattern.out.splitlines()
@@ -136,6 +137,7 @@ def test_a_run_is_read_in_parts_as_in_one(run_of_a_pattern: runs.Ran):
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluate_measures_a_pattern_beside_others(run_of_a_pattern: runs.Ran, tmp_path: Path):
     everywhere: dict[str, Any] = {"layers": ["all"], "kinds": {"all": {"position": "NoPE"}}}
     options = {

@@ -221,6 +221,7 @@ def eventually(condition):
 # ---- faults
 
 
+@pytest.mark.slow
 def test_every_fault_is_made_good_or_counted_under_its_name(server, tmp_path, capsys, monkeypatch):
     acts = {
         0: lambda n: "once" if n > 1 else (500, {}, "{}"),

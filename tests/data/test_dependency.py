@@ -170,6 +170,7 @@ def test_score_is_that_of_the_authors_procedure_with_transformers(random_llama):
     assert chosen.score(ids) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_batched_is_one_by_one(random_llama):
     llama, folder = random_llama
     rows = torch.from_numpy(random_ids(23 * 32).astype(np.int64)).view(23, 32)

@@ -107,6 +107,7 @@ def test_global_drops_short_documents_and_lets_shares_move(sources, tmp_path):
     assert after["web"] < before["web"]
 
 
+@pytest.mark.slow
 def test_named_sources_are_raised_and_short_documents_filtered(sources, tmp_path):
     """As `upsample_code_arxiv_book` of Fu et al.'s code, which drops short documents too."""
     found, _ = mixed(sources, tmp_path, mode="upsample", shares={"books": 0.6})
@@ -120,6 +121,7 @@ def test_named_sources_are_raised_and_short_documents_filtered(sources, tmp_path
     assert long_share(found["web"]) == pytest.approx(long_share(sources["web"]), abs=0.15)
 
 
+@pytest.mark.slow
 def test_a_larger_budget_repeats_documents_pass_by_pass(sources, tmp_path):
     _, tokens = shares(sources)
     asked = 2 * sum(tokens.values())
@@ -195,6 +197,7 @@ def test_a_source_at_a_url_is_copied_whole(sources, tmp_path):
         assert (tmp_path / "mix" / name / "tokenizer" / "tokenizer.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_mix_and_another_another(sources, tmp_path):
     found = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

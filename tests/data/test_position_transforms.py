@@ -230,7 +230,7 @@ def test_e2_llm_trains_what_position_interpolation_reads():
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.fast_cases(6)
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("position", every_scheme(16), ids=lambda scheme: type(scheme).__name__)
 @pytest.mark.parametrize("transform", [PoSE(TARGET), E2LLM(TRAINED, FACTOR)], ids=str)
 def test_every_position_scheme_takes_the_places(position, transform):

@@ -145,6 +145,7 @@ def chunk_fetches(windows):
     return {name: n for name, n in windows.fetches.items() if name.endswith(".bin")}
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(("split", "length"), [("train", 768), ("held_out", 256)])
 def test_remote_is_local_token_for_token(uploaded, local, cache, split, length):
     windows = Windows(URL, split, length, ObjectStorage(cache=str(cache)))
@@ -251,6 +252,7 @@ def test_a_chunk_that_is_evicted_while_mapped_is_still_read(uploaded, local, cac
     assert windows.fetches == before
 
 
+@pytest.mark.slow
 def test_a_file_larger_than_the_cache_is_refused_with_the_cure(uploaded, cache):
     windows = Windows(URL, "train", 256, ObjectStorage(str(cache), cache_gib=3000 / 2**30))
     windows.read(0, 10)
@@ -316,6 +318,7 @@ def test_a_dropped_connection_is_survived(proxy, local, cache, after):
     assert 2 < sum(windows.fetches.values()) <= 2 + 3
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_is_one_line(proxy, cache):
     windows = Windows(URL, "train", 1024, ObjectStorage(str(cache)))
     proxy.cuts = 10**6
@@ -334,6 +337,7 @@ def corrupt(alone, local, name):
     alone.client.put_object(Bucket="tokens", Key=f"{alone.prefix}/{name}", Body=bytes(content))
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("name", ["train/chunk-0-1.bin", "train/index.json", "manifest.json"])
 def test_a_corrupted_object_is_fetched_again_and_then_an_error(alone, local, cache, name):
     corrupt(alone, local, name)
@@ -369,6 +373,7 @@ def test_pauses_grow(monkeypatch, alone, local, cache):
     assert pauses == [0, 1, 2, 4, 8]
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("size", ["same", "shorter"])
 def test_a_corrupted_file_in_the_cache_is_noticed_and_fetched_again(uploaded, local, cache, size):
     storage = ObjectStorage(str(cache))
@@ -383,6 +388,7 @@ def test_a_corrupted_file_in_the_cache_is_noticed_and_fetched_again(uploaded, lo
     assert path.read_bytes() == (local / "train/chunk-0-1.bin").read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_said_at_once(uploaded, cache):
     storage = ObjectStorage(str(cache))
     for url in ("s3://tokens/nothing", "s3://no-bucket/books"):
@@ -476,6 +482,7 @@ def test_what_a_killed_process_left_is_cleaned_up(uploaded, cache):
     assert sum(path.stat().st_size for path in cached(cache)) <= 3 * CHUNK_BYTES + 1
 
 
+@pytest.mark.slow
 def test_copies_leave_open_files_behind(uploaded, local, cache):
     windows = Windows(URL, "train", 1024, ObjectStorage(str(cache)))
     windows[0]

@@ -18,6 +18,8 @@ from lit_longctx.data.making.scale import Executor, join, part_folder
 from lit_longctx.data.reading.documents import DocumentReader
 from lit_longctx.data.reading.faults import Faults
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("datatrove")
 
 FILES, PARTS = 7, 3

@@ -135,6 +135,7 @@ def test_padding_and_truncation_in_the_file_are_ignored(folder):
     ]
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_has_wide_ids(folder):
     model = bpe()
     model.add_special_tokens([AddedToken(f"<{i}>", special=True) for i in range(2**16)])

@@ -306,6 +306,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(
     assert len(before) + len(asked) == len(set(before + asked)) == 4 * WINDOWS
 
 
+@pytest.mark.slow
 def test_what_is_known_is_not_measured_again_but_what_has_changed_is(
     models: dict[str, Llama], data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -311,7 +311,7 @@ def test_tasks_run_on_what_hugging_face_cannot_represent(
     assert len(together) == 6
 
 
-@pytest.mark.fast_cases(3)
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("position", every_scheme(12), ids=lambda p: type(p).__name__)
 def test_a_row_answers_in_a_batch_as_alone(
     position: PositionScheme, coder: JsonTokenizer, tmp_path: Path

@@ -145,7 +145,7 @@ def cells(name, hay, lengths):
             yield task, length, depth, sample
 
 
-@pytest.mark.fast_cases(14)
+@pytest.mark.fast_cases(9)
 @TWO
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize(

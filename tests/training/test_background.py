@@ -43,6 +43,7 @@ class Held(Callback):
             self.trained.set()
 
 
+@pytest.mark.slow
 def test_the_older_one_stays_until_the_new_one_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -56,6 +56,7 @@ def test_every_recipe_fits_what_it_names(recipe, capsys):
     assert all(float(each) <= 80 for each in rows["in all"]), out
 
 
+@pytest.mark.slow
 def test_without_a_shape_it_ends_with_2(capsys, tmp_path):
     config = yaml.safe_load((CONFIG / "abf_32k.yaml").read_text())
     del config["plan"]

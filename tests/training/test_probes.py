@@ -18,6 +18,8 @@ from lit_longctx.decoding import reading
 from lit_longctx.evaluation.retrieval.prompts import Haystack
 from lit_longctx.evaluation.retrieval.tasks import Passkey
 
+pytestmark = pytest.mark.slow
+
 LENGTHS, DEPTHS = [256, 280, 300], [0.0, 50.0, 100.0]
 PROBES = {
     "class_path": "Probes",
@@ -85,6 +87,7 @@ def test_two_processes_share_the_rows_of_prompts(name: str, probed: runs.Ran, tm
     assert scalars(both.folder) == pytest.approx(scalars(probed.folder), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_training_is_as_without_them(probed: runs.Ran):
     seen, alone = runs.witnessed(probed.folder), runs.witnessed(runs.alone().folder)
     assert len(seen) == 10

@@ -19,6 +19,8 @@ from lit_longctx.training.checkpoints import Checkpoints
 from lit_longctx.training.flops import model_flops
 from lit_longctx.training.module import ContinualPretrain
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def no_trace() -> Iterator[None]:

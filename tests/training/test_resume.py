@@ -128,6 +128,7 @@ def test_an_older_checkpoint_of_the_same_run_is_refused(tmp_path: Path):
     assert runs.witnessed(folder) == runs.witnessed(runs.alone().folder)
 
 
+@pytest.mark.slow
 def test_last_in_an_empty_folder_begins(tmp_path: Path):
     ran = runs.fit(tmp_path, "--ckpt_path", "last", "--trainer.max_steps", 5).succeeded()
     assert f"{tmp_path / 'checkpoints'} holds no checkpoint yet: starting anew" in ran.out
@@ -135,6 +136,7 @@ def test_last_in_an_empty_folder_begins(tmp_path: Path):
     assert {step: e.rows for step, e in runs.witnessed(tmp_path).items()} == beginning
 
 
+@pytest.mark.slow
 def test_last_of_a_finished_run_changes_nothing(tmp_path: Path):
     folder = shutil.copytree(runs.alone().folder, tmp_path / "run")
     before = {p: p.stat().st_mtime_ns for p in (folder / "checkpoints").rglob("*")}

@@ -182,6 +182,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], runs.Ra
     return fit(tmp_path_factory.mktemp("recipe"), RECIPE)
 
 
+@pytest.mark.slow
 def test_stages_have_their_scheme_and_moments(recipe: tuple[list[str], runs.Ran], tmp_path: Path):
     """Checkpoints name the scheme; AdamW's count of steps begins anew where moments do."""
     expected = {10: ("RoPE", 10), 20: ("YaRN", 10), 30: ("NoPE", 20)}
@@ -203,6 +204,7 @@ def steps_in(state: Any) -> Iterator[float]:
             yield float(value)
 
 
+@pytest.mark.slow
 def test_without_a_document_mask_a_row_is_one_document(recipe: tuple[list[str], runs.Ran]):
     """Loss of step 11 from the checkpoint of step 10, every row alone, as one text."""
     step = eleventh_step([Stage(10), Stage(10, packing="best_fit", document_mask=False), Stage(10)])
@@ -239,6 +241,7 @@ def test_a_resume_of_such_stages_is_exact(
     assert runs.witnessed(tmp_path) == expected
 
 
+@pytest.mark.slow
 def test_a_stage_with_weights_of_its_own_is_refused(tmp_path: Path):
     stages = json.dumps([{"steps": 10}, {"steps": 20, "position": {"class_path": "TransformerXL"}}])
     ran = runs.fit(tmp_path, "--data.init_args.stages", stages)
@@ -254,7 +257,8 @@ def moments(folder: Path, tmp_path: Path) -> dict[str, Any]:
     return torch.load(tmp_path / "state.pt", weights_only=True)["optimizer_0"]
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_carried_moments_are_those_of_the_start(
     recipe: tuple[list[str], runs.Ran], ranks: int, tmp_path: Path
 ):
