@@ -53,7 +53,7 @@ def fill(llama: Llama, folder: Path | None, seed: int = 0) -> list[str]:
     else:
         missing = _fill_from_meta(parameters, folder, llama.config)
     if folder is not None:
-        _check_finite({name: parameters[name] for name in parameters.keys() - set(missing)}, folder)
+        check_finite({name: parameters[name] for name in parameters.keys() - set(missing)}, folder)
     for name in missing:
         shape = parameters[name].shape
         if SCHEME in name:
@@ -67,19 +67,19 @@ def fill(llama: Llama, folder: Path | None, seed: int = 0) -> list[str]:
 
 
 @torch.no_grad()
-def _check_finite(parameters: dict[str, Tensor], folder: Path) -> None:
-    """Refuse weights that are no finite numbers, on all processes if on one.
+def check_finite(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Refuse weights or moments that are no finite numbers, on all processes if on one.
 
-    Reads the weights once more: about 10 GB/s.
+    Reads them once more: about 10 GB/s.
     """
-    broken = [name for name, parameter in parameters.items() if not _is_finite(parameter)]
+    broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
     among = torch.distributed.is_available() and torch.distributed.is_initialized()
     if among and torch.distributed.get_world_size() > 1:
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, broken)
         broken = [name for names in gathered for name in names]
     if broken:
-        dtype = str(parameters[broken[0]].dtype).removeprefix("torch.")
+        dtype = str(tensors[broken[0]].dtype).removeprefix("torch.")
         raise ValueError(
             f"{folder}: {min(broken)} ({len(set(broken))} weights) holds NaN, infinity or numbers "
             f"beyond {dtype}; take an earlier checkpoint, or a dtype of more range"

@@ -12,9 +12,10 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from lit_longctx.checkpoint.parameters import plain
+from lit_longctx.checkpoint.parameters import check_finite, plain
 from lit_longctx.checkpoint.unpickling import CheckedReader
 
 OptimizerName = Literal["adamw", "adamw_bf16_moments", "adamw8bit"]
@@ -68,7 +69,8 @@ def carry_moments(module: nn.Module, optimizer: torch.optim.Optimizer, folder: P
     of begin without.
 
     Raises:
-        ValueError: The checkpoint holds no moments of any of the weights.
+        ValueError: The checkpoint holds no moments of any of the weights, or some are no finite
+            numbers.
     """
     state: Any = get_optimizer_state_dict(module, optimizer)
     reader = CheckedReader(folder)
@@ -83,6 +85,9 @@ def carry_moments(module: nn.Module, optimizer: torch.optim.Optimizer, folder: P
         raise ValueError(f"{folder} holds no moments of these weights; set carry_optimizer false")
     loaded = {"optimizer_0": {"state": held}}
     dcp.load(loaded, storage_reader=reader, no_dist=not dist.is_initialized())
+    moments = {f"{key} of {name}": values[key] for name, values in held.items() for key in MOMENTS}
+    plain_ones = {k: v for k, v in moments.items() if type(v) in (Tensor, DTensor)}  # no 8-bit ones
+    check_finite(plain_ones, folder)
     set_optimizer_state_dict(module, optimizer, {**state, "state": {**state["state"], **held}})
     for name, parameter in module.named_parameters():
         if plain(name) not in held:
