@@ -1,6 +1,7 @@
 """Every family × every shape: transformers' folder → ours → a step of training → transformers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lit_longctx.checkpoint.families import FAMILIES
 from lit_longctx.decoding import decode, reading
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.model.layers import LayerKind, Layers
-from lit_longctx.position import NoPE, RoPE, YaRN
+from lit_longctx.position import NoPE, QueryTemperature, RoPE, YaRN
 
 transformers = pytest.importorskip("transformers")
 
@@ -53,6 +54,16 @@ MIXED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attenti
 OWN_SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {"bias": {"attention_bias": True}},
     "mistral": {"window": {"sliding_window": 5}, "no window": {"sliding_window": None}},
+    "ministral3": {
+        "rope and window": {
+            "sliding_window": 5,
+            "rope_parameters": {
+                **PLAIN,
+                "llama_4_scaling_beta": 0.2,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    },
     "qwen2": {
         "windows above": {**SLIDING, "max_window_layers": 2},
         "layer_types": {**MIXED, "use_sliding_window": True},
@@ -88,11 +99,13 @@ OWN_SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
+ALWAYS = {"ministral3": {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3}}}
+"""Of families whose default context is longer than the exports here."""
 CASES = [
     pytest.param(
         family,
         shape,
-        given,
+        {**ALWAYS.get(family, {}), **given},
         id=f"{family}, {shape}",
         marks=[pytest.mark.slow] if number else [],
     )
@@ -188,7 +201,7 @@ def test_config_json_as_transformers_4_wrote_it(family: str, given: dict[str, An
 @pytest.mark.parametrize(
     ("family", "given", "message"),
     [
-        ("phi3", {}, "model_type is 'phi3', expected one of llama, mistral, qwen2, qwen3, smollm3"),
+        ("phi3", {}, "model_type is 'phi3', expected one of llama, mistral, ministral3, qwen2"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ("gemma3_text", {"hidden_activation": "silu"}, "hidden_activation is 'silu', expected"),
         ("gemma3_text", {"final_logit_softcapping": 30.0}, "key final_logit_softcapping 30.0"),
@@ -209,6 +222,12 @@ def test_config_json_as_transformers_4_wrote_it(family: str, given: dict[str, An
             "rope key truncate false cannot be represented by type of layer",
         ),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for 4 layers"),
+        ("ministral3", {"rope_parameters": YARN}, "must have one llama_4_scaling_beta and one"),
+        (
+            "ministral3",
+            {"rope_parameters": {**YARN, "llama_4_scaling_beta": "much"}},
+            "rope key llama_4_scaling_beta is 'much', expected a number",
+        ),
     ],
 )
 def test_what_no_row_can_tell_is_refused_by_name(
@@ -230,6 +249,7 @@ def of_llama(layers: Layers, **given: Any) -> Llama:
 
 
 ROUNDED = YaRN(1e4, factor=2, original_context=32, truncate=False)
+HOTTER = LayerKind(RoPE(1e4), 5, QueryTemperature(8, 0.3))
 ROTARY, LOCAL, NONE = LayerKind(RoPE(1e4)), LayerKind(RoPE(1e4), 5), LayerKind(NoPE())
 
 
@@ -243,6 +263,7 @@ ROTARY, LOCAL, NONE = LayerKind(RoPE(1e4)), LayerKind(RoPE(1e4), 5), LayerKind(N
         (Layers((NONE,), (0,) * 4), {}, "smollm3"),
         (Layers((ROTARY, LOCAL), (0, 1, 0, 1)), {}, "smollm3"),
         (Layers((ROTARY,), (0,) * 4), {"qk_norm": "head"}, "qwen3"),
+        (Layers((HOTTER,), (0,) * 4), {}, "ministral3"),
         (
             Layers((LOCAL, LayerKind(YaRN(1e4, factor=2, original_context=32))), (0, 1, 0, 1)),
             {"qk_norm": "width", "norm_placement": "after"},
@@ -275,6 +296,11 @@ def test_a_llama_whose_layers_changed_is_exported_as_the_family_that_has_them(
             Layers((LOCAL, LayerKind(ROUNDED)), (0, 1, 0, 1)),
             {"qk_norm": "width", "norm_placement": "after", "model_type": "olmo3"},
             "Olmo3 cannot represent layers that differ: .* truncate false .* keep the run folder",
+        ),
+        (
+            Layers((replace(HOTTER, query_temperature=QueryTemperature(8, offset=1)),), (0,) * 4),
+            {"model_type": "ministral3"},
+            "Ministral3 cannot .*has one query temperature with offset 0 in all layers",
         ),
         (
             Layers((ROTARY,), (0,) * 4),

@@ -232,6 +232,8 @@ class Family:
     """Key of config.json for the MLP's activation."""
     neutral: Mapping[str, Any] = field(default_factory=dict)
     """Keys that would make another model of it, and the value with which they do not."""
+    has_query_temperature: bool = False
+    """Whether queries of all layers grow with their position, as its rope settings say."""
     norm_offset: float = 0.0
     """Is added to stored weights of norms: Gemma's start at 0 and scale by 1 + weight."""
 
@@ -255,6 +257,17 @@ QWEN_DEFAULTS = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+MINISTRAL_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    ORIGINAL: 16_384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 OLMO = {"qk_norm": "width", "norm_placement": "after"}
 OLMO_DEFAULTS = {"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279}
 FAMILIES = {
@@ -265,6 +278,20 @@ FAMILIES = {
         {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
         types=all_sliding,
         window_keys=same_window_keys,
+    ),
+    "ministral3": Family(
+        "Ministral3",
+        {"attention_bias": False},
+        {
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262_144,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": MINISTRAL_ROPE,
+        },
+        types=all_sliding,
+        window_keys=same_window_keys,
+        has_query_temperature=True,
     ),
     "qwen2": Family(
         "Qwen2",

@@ -10,6 +10,11 @@ from typing import Any
 import torch
 
 from lit_longctx.checkpoint.families import FAMILIES, FULL, SLIDING, Family
+from lit_longctx.checkpoint.temperature_config import (
+    read_temperature,
+    with_temperature,
+    without_temperature,
+)
 from lit_longctx.json_file import error_text, read_object
 from lit_longctx.model import Llama, LlamaConfig
 from lit_longctx.model.layers import LayerKind, Layers
@@ -62,6 +67,8 @@ def _shape(family: Family, name: str, config: dict[str, Any]) -> LlamaConfig:
 
 
 def _layers(family: Family, config: dict[str, Any]) -> Layers:
+    temperature = read_temperature(config) if family.has_query_temperature else None
+    config = without_temperature(config) if temperature else config
     types = family.types(config)
     if told := config.get("layer_types"):
         if family.reads_types:
@@ -78,7 +85,7 @@ def _layers(family: Family, config: dict[str, Any]) -> Layers:
     schemes = family.schemes(config, list(types), family.theta)
     return Layers.of(
         [
-            LayerKind(scheme, window if kind == SLIDING else None)
+            LayerKind(scheme, window if kind == SLIDING else None, temperature)
             for scheme, kind in zip(schemes, types, strict=True)
         ]
     )
@@ -118,7 +125,8 @@ def _config_of(name: str, llama: Llama, context: int, dtype: torch.dtype) -> dic
                 f"Hugging Face's {family.prefix} has {key} {value}; got {getattr(config, key)}; "
                 f"{KEEP_THE_RUN}"
             )
-    if any(kind.query_temperature for kind in layers.kinds):
+    tempered = any(kind.query_temperature for kind in layers.kinds)
+    if tempered and not family.has_query_temperature:
         raise ValueError(
             f"Hugging Face's {family.prefix} has no query temperature; train without one, or "
             f"{KEEP_THE_RUN}"
@@ -130,6 +138,7 @@ def _config_of(name: str, llama: Llama, context: int, dtype: torch.dtype) -> dic
             raise ValueError(f"has one window; got {windows}")
         keys = family.window_keys(types, windows[0] if windows else None)
         rope = family.scheme_keys(layers, config.head_width, context)
+        rope = with_temperature(rope, layers) if family.has_query_temperature else rope
     except ValueError as error:
         if len(layers.kinds) == 1 and not windows:
             raise

@@ -128,11 +128,12 @@ def _completed(
         if key == "truncate" and not isinstance(value, bool):
             raise ValueError(f"rope key truncate is {value!r}, expected true or false")
         if key not in ("rope_type", "truncate"):
-            _check_number(key, value)
+            check_number(key, value)
     return rope
 
 
-def _check_number(key: str, value: Any) -> None:
+def check_number(key: str, value: Any) -> None:
+    """Raise ValueError unless a rope key's value is a finite number, or a list of them."""
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, bool) or not isinstance(number, int | float) or not isfinite(number):
             raise ValueError(f"rope key {key} is {number!r}, expected a number")
