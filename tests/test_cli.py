@@ -438,6 +438,7 @@ def test_loggers_hold_the_runs_settings():
     assert shown["model.class_path"].string_value.endswith(".ContinualPretrain")
 
 
+@pytest.mark.slow
 def test_what_a_run_never_reaches_is_said_at_its_start(tmp_path: Path):
     rare = ["--trainer.val_check_interval", 7, "--checkpoints.every_n_steps", 500]
     ran = runs.fit(tmp_path, "--trainer.max_steps", 6, *rare).succeeded()
@@ -448,6 +449,7 @@ def test_what_a_run_never_reaches_is_said_at_its_start(tmp_path: Path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(("verb", "prefix"), [("validate", "val"), ("test", "test")])
 def test_a_checkpoint_measured_alone_gives_what_fit_logged(verb: str, prefix: str, tmp_path: Path):
@@ -471,6 +473,7 @@ def test_there_is_nothing_to_validate_in_an_empty_run_folder(tmp_path: Path):
     assert message.startswith("checkpoint last does not exist")
 
 
+@pytest.mark.slow
 def test_later_config_files_and_options_win(hugging_face: Path, tmp_path: Path):
     start = {"checkpoint": str(hugging_face), "config": None, "learning_rate": 1e-4}
     (tmp_path / "second.yaml").write_text(
@@ -579,6 +582,7 @@ def test_an_averaged_export_is_the_mean_of_the_runs_last_checkpoints(tmp_path: P
         assert not (tmp_path / "more").exists()
 
 
+@pytest.mark.slow
 def test_evaluate_reads_its_options_from_a_file(tmp_path: Path):
     options = {
         "checkpoint": [str(runs.alone().folder)],

@@ -220,6 +220,7 @@ def test_a_mix_keeps_documents_without_bos_whole(tmp_path: Path):
     assert after.manifest.splits["train"] == before.manifest.splits["train"]
 
 
+@pytest.mark.slow
 def test_probes_begin_as_the_data_does(tmp_path: Path):
     """Also in folders of the time when all documents began with BOS and nothing was recorded."""
     folder = saved(tmp_path / "t", None)
@@ -258,6 +259,7 @@ def checkpoint(tmp_path: Path) -> str:
     return str(tmp_path / "hf")
 
 
+@pytest.mark.slow
 def test_greedy_text_is_that_of_transformers(checkpoint: str, capsys):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).eval()

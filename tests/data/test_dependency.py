@@ -117,6 +117,7 @@ def test_pairs_are_different_ones_below_the_diagonal(segments):
     assert np.array_equal(some, draw_pairs(segments, 5, np.random.default_rng(1)))
 
 
+@pytest.mark.slow
 def test_every_pair_is_as_likely_as_any_other():
     counts = np.zeros((8, 8))
     for seed in range(4000):

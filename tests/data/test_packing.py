@@ -150,6 +150,7 @@ def test_the_ledger_of_both_packings_is_exact(thousand):
     assert (histogram == np.bincount(tokens, minlength=258)).all()
 
 
+@pytest.mark.slow
 def test_the_report_says_what_was_cut(thousand):
     folder, lengths, _ = thousand
     ends = lengths.cumsum()

@@ -291,6 +291,7 @@ def words(folder, number):
     return str(folder / "tokenizer.json")
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_from_text_to_windows(tmp_path):
     coder = words(tmp_path, 70_000)
     ids = np.random.default_rng(0).integers(2, 70_000, 1000).tolist()

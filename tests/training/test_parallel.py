@@ -98,6 +98,7 @@ def compare_sharded_gradients(rank: int, port: int) -> None:
 CLOSE = {"atol": 1e-4, "rtol": 1e-5}
 
 
+@pytest.mark.slow
 def test_every_scheme_has_the_same_gradients_under_fsdp2():
     forks, port = multiprocessing.get_context("forkserver"), runs.free_port()
     ranks = [forks.Process(target=compare_sharded_gradients, args=(r, port)) for r in range(2)]
@@ -429,6 +430,7 @@ def test_last_goes_on_from_the_newest_whole_one_and_says_so(
     assert not list(steps.glob("*.tmp-*"))  # what a killed process left would fill the disk
 
 
+@pytest.mark.slow
 def test_last_with_nothing_whole_is_refused(run_folder: Path):
     for step in (10, 20, 30):
         alter(run_folder / "checkpoints" / f"step-{step:08d}")
