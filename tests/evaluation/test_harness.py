@@ -610,7 +610,7 @@ def test_the_command_says_in_one_line_what_is_missing(
 
 
 @pytest.mark.slow  # the command lists all of lm-eval's own tasks first
-@pytest.mark.parametrize("task", ["niah_single_2", "longbench_qasper"])
+@pytest.mark.parametrize("task", ["niah_single_2", "ruler_qa_squad", "longbench_qasper"])
 def test_a_task_whose_data_cannot_be_fetched_is_one_line(exported: str, task: str, tmp_path: Path):
     command = [sys.executable, "-m", "lit_longctx.evaluation.harness", "run"]
     command += ["--model", "lit_longctx", "--model_args", f"pretrained={exported}"]

@@ -74,15 +74,15 @@ def test_the_papers_curves_lie_in_the_bootstrap_intervals(name):
 
 @pytest.mark.slow
 def test_intervals_cover_as_often_as_they_say():
-    """16 repetitions: a 90 % interval of the loss at a held-out length misses rarely."""
+    """40 repetitions: a 90 % interval of the loss at a held-out length misses rarely."""
     law, hits = PAPER["13B"], 0
-    for seed in range(16):
+    for seed in range(40):
         generator = np.random.default_rng(1000 + seed)
         losses = law(LENGTHS) + generator.normal(0, 0.03, (40, len(LENGTHS)))
         fitted = fit_scaling(LENGTHS, losses, draws=50, seed=seed)
         low, high = fitted.interval([32_768], share=0.9)
         hits += bool(low[0] <= law([32_768])[0] <= high[0])
-    assert 11 <= hits <= 16  # 14.4 expected, 1.2 its deviation
+    assert 29 <= hits <= 40  # 36 expected, 1.9 its deviation
 
 
 def test_an_outlier_hardly_moves_the_law():

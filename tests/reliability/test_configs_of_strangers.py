@@ -8,7 +8,7 @@ from training import runs
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{new}: &{new} [{','.join([f'*{old}'] * 10)}]\n"
-    for old, new in zip("abcde", "bcdef", strict=True)
+    for old, new in zip("abcdef", "bcdefg", strict=True)
 )
 
 

@@ -251,7 +251,7 @@ def test_two_processes_share_every_kind_of_row():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [3, 8])
+@pytest.mark.parametrize("world", [3, 4, 8])
 def test_more_processes_share_rows_as_one_would_have_them(world: int):
     launch(world, jobs(every_pair()))
 
