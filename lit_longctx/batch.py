@@ -71,6 +71,12 @@ def documents_from_starts(starts: Bool[Tensor, "batch seq"]) -> Documents:
     return Documents(ids, boundaries.int(), int(boundaries.diff().max()))
 
 
+def positions_from_starts(starts: Bool[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+    """Number the tokens of each document from 0; column 0 must be a start."""
+    positions = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
+    return positions - (positions * starts).cummax(dim=1).values
+
+
 def one_document(batch: int, seq: int, device: torch.device | None = None) -> Documents:
     """Documents of a batch in which every row is a single document of `seq` tokens."""
     ids = torch.zeros(batch, seq, dtype=torch.long, device=device)
@@ -134,14 +140,12 @@ def pack(
     begins = starts[:, :-1].clone()
     begins[:, 0] = True
 
-    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-    position_ids = positions - (positions * begins).cummax(dim=1).values
     zeros = torch.zeros(len(inputs), dtype=torch.long, device=inputs.device)
     return Batch(
         input_ids=inputs,
         labels=labels,
         loss_weights=(labels != NO_TARGET).float(),
-        position_ids=position_ids,
+        position_ids=positions_from_starts(begins),
         sources=zeros if sources is None else sources,
         samples=zeros if samples is None else samples,
         documents=documents_from_starts(begins),

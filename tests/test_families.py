@@ -204,7 +204,8 @@ def test_config_json_as_transformers_4_wrote_it(family: str, given: dict[str, An
         (
             "phi3",
             {},
-            "model_type is 'phi3', expected one of llama, mistral, ministral3, qwen2, qwen3, smollm3",
+            "model_type is 'phi3', expected one of "
+            "llama, mistral, ministral3, qwen2, qwen3, smollm3",
         ),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ("gemma3_text", {"hidden_activation": "silu"}, "hidden_activation is 'silu', expected"),

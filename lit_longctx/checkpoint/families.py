@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lit_longctx.checkpoint.rope_config import check_by_type, read_position, rope_keys
+from lit_longctx.checkpoint.temperature_config import BETA
 from lit_longctx.model import LlamaConfig
 from lit_longctx.model.layers import LayerKind, Layers
 from lit_longctx.position import NoPE, PositionScheme, RoPE
@@ -266,7 +267,7 @@ MINISTRAL_ROPE = {
     "beta_slow": 1.0,
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
+    BETA: 0.1,
 }
 OLMO = {"qk_norm": "width", "norm_placement": "after"}
 OLMO_DEFAULTS = {"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279}

@@ -57,10 +57,10 @@ def with_temperature(rope: dict[str, Any], layers: Layers) -> dict[str, Any]:
     shared = temperatures.pop()
     if temperatures or shared is None or shared.offset:
         raise ValueError("has one query temperature with offset 0 in all layers; got others")
-    told = {BETA: float(shared.attn_scale), ORIGINAL: shared.floor_scale}
+    settings = {BETA: float(shared.attn_scale), ORIGINAL: shared.floor_scale}
     if rope["rope_parameters"].get(ORIGINAL, shared.floor_scale) != shared.floor_scale:
         raise ValueError(
             f"has a query temperature by the original context {rope['rope_parameters'][ORIGINAL]}; "
             f"got floor_scale {shared.floor_scale}"
         )
-    return rope | {name: {**rope[name], **told} for name in PLACES if rope[name]}
+    return rope | {name: {**rope[name], **settings} for name in PLACES if rope[name]}

@@ -1,4 +1,4 @@
-"""LongCE: targets that need long context count more (Fang et al. 2024, arXiv:2410.23771, §4)."""
+"""LongCE: targets that need long context count more (Fang et al. 2024, arXiv:2410.23771)."""
 
 from dataclasses import dataclass
 from math import inf
@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lit_longctx.batch import NO_TARGET, Batch, documents_from_starts
+from lit_longctx.batch import NO_TARGET, Batch, documents_from_starts, positions_from_starts
 from lit_longctx.model import Llama
 
 
@@ -60,13 +60,12 @@ def cut(batch: Batch, begin: int, end: int, first_target: int) -> Batch:
     ids = batch.documents.ids[:, begin:end]
     starts = torch.ones_like(ids, dtype=torch.bool)
     starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    places = torch.arange(end - begin, device=ids.device).expand_as(ids)
     labels = batch.labels[:, begin:end].clone()
     labels[:, :first_target] = NO_TARGET
     return batch._replace(
         input_ids=batch.input_ids[:, begin:end],
         labels=labels,
         loss_weights=batch.loss_weights[:, begin:end],
-        position_ids=places - (places * starts).cummax(dim=1).values,
+        position_ids=positions_from_starts(starts),
         documents=documents_from_starts(starts),
     )

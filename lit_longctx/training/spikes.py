@@ -8,9 +8,9 @@ from typing import Any, final
 
 @final
 class SpikeGuard:
-    """Finds steps whose loss or gradient norm lies far above those before (OLMo et al. 2025, §3.3).
+    """Finds steps whose loss or gradient norm lies far above those before (SkipStepAdamW).
 
-    The rule is that of OLMo-core's SkipStepAdamW: a value is a spike when it exceeds the mean of
+    The rule is that of OLMo-core's optimizer of that name: a value is a spike when it exceeds the mean of
     the last `steps` values by more than `deviations` standard deviations. The first steps // 2
     values are never spikes; finite spikes count for the mean of later ones.
 
