@@ -17,7 +17,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from training import runs
 
 from lit_longctx import manifest
@@ -561,8 +560,7 @@ def test_export_and_generate_say_where_they_wrote_what(tmp_path: Path):
 def test_an_averaged_export_is_the_mean_of_the_runs_last_checkpoints(tmp_path: Path):
     run, weights = runs.alone().folder, {}
     for step in (10, 20, 30):
-        dcp_to_torch_save(run / f"checkpoints/step-{step:08d}", tmp_path / "step.pt")
-        weights[step] = torch.load(tmp_path / "step.pt", weights_only=True)["state_dict"]
+        weights[step] = runs.stored(run / f"checkpoints/step-{step:08d}")["state_dict"]
     for name, last, number, steps in (
         ("run", run, 3, (10, 20, 30)),
         ("step", run / "checkpoints/step-00000020", 2, (10, 20)),

@@ -104,8 +104,9 @@ def export(
         ValueError: The run has fewer whole checkpoints of these layers.
     """
     opened = open_checkpoint(checkpoint).verified()
+    others = _before(opened, average - 1)
     llama = opened.load()
-    _average(llama, opened, average)
+    _average(llama, opened, others)
     told = (context, "as given") if context else context_of(llama)
     export_pretrained(llama, output, None, context, getattr(torch, dtype))
     written = json.loads((Path(output) / "config.json").read_text())["max_position_embeddings"]
@@ -119,27 +120,34 @@ def export(
     return Path(output)
 
 
-@torch.no_grad()
-def _average(llama: Llama, newest: Checkpoint, number: int) -> None:
-    """Replace weights by their mean over a checkpoint and those of its run just before it."""
-    if number < 1:
-        raise ValueError(f"average {number} must be 1 or more")
-    if number == 1:
-        return
+def _before(newest: Checkpoint, number: int) -> list[Checkpoint]:
+    """Return as many checkpoints of a run just before one of them, of the same model."""
+    if number < 0:
+        raise ValueError(f"average {number + 1} must be 1 or more")
+    if number == 0:
+        return []
     steps = [step for step in steps_of(newest.path.parent) if step.name < newest.path.name]
-    others = steps[: number - 1]
-    if len(others) < number - 1 or not parameters.is_run(newest.path):
+    if len(steps) < number or not parameters.is_run(newest.path):
         raise ValueError(
-            f"{newest.path} has {len(steps)} checkpoints before it, expected {number - 1} for "
-            f"average {number}; export fewer, or train with a larger checkpoints.keep"
+            f"{newest.path} has {len(steps)} checkpoints before it, expected {number} for "
+            f"average {number + 1}; export fewer, or train with a larger checkpoints.keep"
         )
-    for count, step in enumerate(others, 2):
-        other = open_checkpoint(step).verified()
+    others = [open_checkpoint(step).verified() for step in steps[:number]]
+    for other in others:
         if (other.config, other.layers) != (newest.config, newest.layers):
             raise ValueError(
-                f"{step} has {other.layers}, {newest.path.name} {newest.layers}; average fewer"
+                f"{other.path} has {other.layers}, {newest.path.name} {newest.layers}; average "
+                "fewer"
             )
+    return others
+
+
+@torch.no_grad()
+def _average(llama: Llama, newest: Checkpoint, others: list[Checkpoint]) -> None:
+    """Replace weights by their mean over the model and other checkpoints of its run."""
+    for count, other in enumerate(others, 2):
         read = dict(other.load().named_parameters())
         for name, weight in llama.named_parameters():
             weight.lerp_(read[name], 1 / count)
-    say(f"weights: mean of {', '.join(path.name for path in (newest.path, *others))}")
+    if others:
+        say(f"weights: mean of {', '.join(each.path.name for each in (newest, *others))}")

@@ -10,9 +10,9 @@ from typing import Any, final
 class SpikeGuard:
     """Finds steps whose loss or gradient norm lies far above those before (SkipStepAdamW).
 
-    The rule is that of OLMo-core's optimizer of that name: a value is a spike when it exceeds the mean of
-    the last `steps` values by more than `deviations` standard deviations. The first steps // 2
-    values are never spikes; finite spikes count for the mean of later ones.
+    The rule is that of OLMo-core's optimizer of that name: a value is a spike when it exceeds the
+    mean of the last `steps` values by more than `deviations` standard deviations. The first
+    steps // 2 values are never spikes; finite spikes count for the mean of later ones.
 
     Args:
         deviations: k, standard deviations above the mean that are still no spike.

@@ -332,6 +332,15 @@ def by_torchrun() -> Ran:
     return ran
 
 
+def stored(folder: Path) -> dict[str, Any]:
+    """Return all that a checkpoint holds, by torch's own reader."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    with tempfile.TemporaryDirectory() as place:
+        dcp_to_torch_save(folder, Path(place) / "state.pt")
+        return torch.load(Path(place) / "state.pt", weights_only=True)
+
+
 # ---- watching
 
 

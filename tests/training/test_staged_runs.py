@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from training import runs
 
 from lit_longctx import checkpoint
@@ -183,25 +182,19 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], runs.Ra
 
 
 @pytest.mark.slow
-def test_stages_have_their_scheme_and_moments(recipe: tuple[list[str], runs.Ran], tmp_path: Path):
+def test_stages_have_their_scheme_and_moments(recipe: tuple[list[str], runs.Ran]):
     """Checkpoints name the scheme; AdamW's count of steps begins anew where moments do."""
     expected = {10: ("RoPE", 10), 20: ("YaRN", 10), 30: ("NoPE", 20)}
     for step, (name, updates) in expected.items():
         folder = recipe[1].folder / "checkpoints" / f"step-{step:08d}"
         assert type(checkpoint.open_checkpoint(folder).layers.position).__name__ == name
-        dcp_to_torch_save(folder, tmp_path / "state.pt")
-        state = torch.load(tmp_path / "state.pt", weights_only=True)
-        counts = set(steps_in(state["optimizer_0"]))
+        counts = set(steps_in(runs.stored(folder)["optimizer_0"]))
         assert counts == {updates}, (step, counts)
 
 
 def steps_in(state: Any) -> Iterator[float]:
     """Yield every `step` of an optimizer's state, however it is nested or named."""
-    for name, value in state.items():
-        if isinstance(value, dict):
-            yield from steps_in(value)
-        elif str(name).rpartition(".")[2] == "step":
-            yield float(value)
+    return (float(value) for _, value in tensors_in(state, "step"))
 
 
 @pytest.mark.slow
@@ -251,12 +244,6 @@ def test_a_stage_with_weights_of_its_own_is_refused(tmp_path: Path):
     assert "has weights" in line
 
 
-def moments(folder: Path, tmp_path: Path) -> dict[str, Any]:
-    """Return the optimizer's state in a checkpoint, by torch's own reader."""
-    dcp_to_torch_save(folder, tmp_path / "state.pt")
-    return torch.load(tmp_path / "state.pt", weights_only=True)["optimizer_0"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_carried_moments_are_those_of_the_start(
@@ -268,13 +255,13 @@ def test_carried_moments_are_those_of_the_start(
     shared += ["--model.init_args.schedule.init_args.warmup_steps", "0"]
     shared += ["--model.init_args.gradient_clip", "1e9", "--trainer.limit_val_batches", "0"]
     shared += ["--model.init_args.checkpoint", str(start)]
-    before = moments(start, tmp_path)
+    before = runs.stored(start)["optimizer_0"]
     found = {}
     for carried in ("true", "false"):
         options = [*shared, "--model.init_args.carry_optimizer", carried]
         ran = runs.fit(tmp_path / carried, *options, ranks=ranks).succeeded()
         assert ("moments and step counts from" in ran.out) == (carried == "true")
-        found[carried] = moments(ran.folder / "checkpoints" / "step-00000001", tmp_path)
+        found[carried] = runs.stored(ran.folder / "checkpoints" / "step-00000001")["optimizer_0"]
     assert set(steps_in(found["true"])) == {11}
     assert set(steps_in(found["false"])) == {1}
     for name, fresh in tensors_in(found["false"], "exp_avg"):

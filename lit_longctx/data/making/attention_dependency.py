@@ -8,7 +8,7 @@ left out here, and scores are normalised so that they lie between 0 and 1.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lit_longctx.batch import Documents
-from lit_longctx.data.making.document_scorer import DocumentScorer
+from lit_longctx.data.making.document_scorer import DocumentScorer, ScoreSettings
 from lit_longctx.data.tokens.tokenizer import Ids
 from lit_longctx.decoding import reading
 from lit_longctx.model import Llama
@@ -103,7 +103,7 @@ def watched(llama: Llama, span: int) -> Iterator[SpanAttention]:
 
 
 @dataclass(frozen=True)
-class AttentionFilter:
+class AttentionFilter(ScoreSettings):
     """Keeps the documents in which a model attends to what is far away (LADM's idea).
 
     A document is cut into windows, each into spans. The score of a window is the share of attention
@@ -113,23 +113,16 @@ class AttentionFilter:
     means little.
 
     Costs a forward pass over the document, and attention a second time in float32.
+
+    The paper scored with TinyLlama-1.1B trained to 32K; scores lie between 0 and 1.
     """
 
-    checkpoint: str
-    """Model that scores, a Hugging Face folder or one of our runs; the data's tokenizer must be
-    its own. The paper: TinyLlama-1.1B trained to 32K."""
-    at_least: float
-    """Least score of a document that is kept, 0 to 1; look at the report of a first run."""
     window: int = 32768
     """Tokens read at once, a multiple of `span`."""
     span: int = 128
     """Tokens of a span (the paper: 128)."""
     far: int = 4
     """Least distance that counts, in spans (the authors' script: 4)."""
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the scoring model."""
-    device: str = "auto"
-    """`cpu`, `cuda`, or `auto` for CUDA where there is one."""
 
     def __post_init__(self) -> None:
         if self.span < 1 or self.far < 1:

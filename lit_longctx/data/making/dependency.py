@@ -6,7 +6,6 @@ called ProLong. Documents that score low are long, but give nothing to learn of 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lit_longctx.batch import NO_TARGET, pack
-from lit_longctx.data.making.document_scorer import DocumentScorer
+from lit_longctx.data.making.document_scorer import DocumentScorer, ScoreSettings
 from lit_longctx.data.tokens.tokenizer import Ids
 from lit_longctx.model import Llama
 
@@ -92,7 +91,7 @@ def perplexities(
 
 
 @dataclass(frozen=True)
-class DependencyFilter:
+class DependencyFilter(ScoreSettings):
     """Keeps the documents whose long-dependency score is at least `at_least`.
 
     A document is cut into windows, each into segments without BOS; what does not fill a segment is
@@ -106,13 +105,10 @@ class DependencyFilter:
     thresholds do not carry over from one checkpoint or tokenizer to another; look at the report.
 
     Costs a forward pass over window + 2·pairs·segment tokens per window: 161k of them by default.
+
+    The paper scored with OPT-350m.
     """
 
-    checkpoint: str
-    """Model that scores, a Hugging Face folder or one of our runs; the data's tokenizer must be
-    its own. The paper: OPT-350m."""
-    at_least: float
-    """Least score of a document that is kept."""
     window: int = 32768
     """Tokens within which dependencies are looked for, a multiple of `segment`; documents are read
     window after window. The authors' code draws 256 segments from the whole document instead."""
@@ -128,10 +124,6 @@ class DependencyFilter:
     """Pairs per forward pass."""
     seed: int = 0
     """Decides which pairs are drawn."""
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the scoring model."""
-    device: str = "auto"
-    """`cpu`, `cuda`, or `auto` for CUDA where there is one."""
 
     def __post_init__(self) -> None:
         if self.segment < 2:

@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,28 +19,19 @@ EXAMPLES = 8
 """Documents whose scores the report names."""
 
 
-class ScoreSettings(Protocol):
-    """What every scorer's settings have."""
+@dataclass(frozen=True)
+class ScoreSettings:
+    """What every filter by a model's score has."""
 
-    @property
-    def checkpoint(self) -> str:
-        """Model that scores."""
-        ...
-
-    @property
-    def at_least(self) -> float:
-        """Least score of a document that is kept."""
-        ...
-
-    @property
-    def compute_dtype(self) -> Literal["bfloat16", "float32"]:
-        """Precision of the model."""
-        ...
-
-    @property
-    def device(self) -> str:
-        """`cpu`, `cuda` or `auto`."""
-        ...
+    checkpoint: str
+    """Model that scores, a Hugging Face folder or one of our runs; the data's tokenizer must be
+    its own."""
+    at_least: float
+    """Least score of a document that is kept; look at the report of a first run."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of the scoring model."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto` for CUDA where there is one."""
 
 
 class DocumentScorer(ABC):
